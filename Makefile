@@ -1,0 +1,50 @@
+# Every chore has one name; continuous integration uses the same names.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per process: two cores and several processes otherwise wait for each other at every barrier.
+export OMP_NUM_THREADS ?= 1
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format lock render serve bench
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+.venv/.done: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -oE '^uv==[0-9.]+' requirements.lock)"
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+setup: .venv/.done  ## a virtual environment in .venv with exactly what requirements.lock names
+
+demo: setup  ## a picture from the astronaut photo, through Ray Serve on this machine
+	$(BIN)/pulid demo
+
+test: setup  ## all tests (at most 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## the tests that need no Ray cluster
+	$(BIN)/python -m pytest -m "not cluster"
+
+check: setup  ## ruff, formatting, mypy --strict on pipeline and deployments
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## formatting and the lint fixes that are safe
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: setup  ## requirements.lock anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --group dev \
+		--no-emit-index-url --no-emit-find-links pyproject.toml --output-file requirements.lock
+
+render: setup  ## serve_config.yaml into the KubeRay manifest
+	$(BIN)/python -m cluster.render
+
+serve: setup  ## the service on http://127.0.0.1:8000 (preset miniature, pictures in ./pictures)
+	$(BIN)/pulid serve
+
+bench: setup  ## seconds per stage, and the overhead of HTTP and Ray
+	$(BIN)/python -m bench.stages

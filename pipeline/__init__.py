@@ -1,0 +1,1 @@
+"""A face photo and a prompt go in, a picture of that person comes out: request, faces, identity, text, denoise, store."""

@@ -1,0 +1,114 @@
+"""Settings: one frozen tree, built once; the only reader of the environment.
+
+`PULID_PRESET=flux-dev`, `PULID_STORE__URL=s3://bucket/prefix`: two underscores go one level down. An unknown or
+malformed variable is an error that names it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import SettingsInvalid
+
+PREFIX = "PULID_"
+PresetName = Literal["miniature", "flux-dev", "flux-krea-dev", "flux-schnell"]
+
+
+class Group(BaseModel):
+    """A closed, frozen group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StoreSettings(Group):
+    """Where pictures and their records are kept."""
+
+    url: str = Field("file://pictures", description="file://folder, or s3://bucket/prefix")
+    endpoint_url: str | None = Field(None, description="an S3-compatible server other than AWS")
+    region: str | None = Field(None, description="the bucket's region; null: as boto3 finds it")
+    path_style: bool = Field(False, description="address the bucket in the path, as most S3-compatible servers want")
+    link_seconds: int = Field(3600, ge=1, le=604800, description="lifetime of a presigned link")
+    connect_seconds: float = Field(5.0, gt=0, description="time to connect to S3")
+    read_seconds: float = Field(20.0, gt=0, description="time to wait for S3's answer")
+    attempts: int = Field(3, ge=1, le=10, description="tries of one call to S3, the first included")
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        if not value.startswith(("file://", "s3://")) or value in ("file://", "s3://"):
+            raise ValueError("must be file://folder or s3://bucket/prefix")
+        return value
+
+
+class PhotoSettings(Group):
+    """What is accepted as a photo, and from where."""
+
+    max_bytes: int = Field(20_000_000, ge=1, description="bytes of one photo, decoded from base64")
+    max_pixels: int = Field(50_000_000, ge=1, description="width times height of one photo")
+    long_edge: int = Field(1024, ge=64, description="larger photos are scaled down to this; 1024 is the official value")
+    buckets: tuple[str, ...] = Field((), description="buckets that s3:// photos may come from")
+    urls: bool = Field(True, description="whether https:// photos are fetched at all")
+    fetch_seconds: float = Field(10.0, gt=0, description="time for one photo's whole fetch, redirects included")
+    max_redirects: int = Field(3, ge=0, description="redirects followed, each checked like the first address")
+
+
+class LimitSettings(Group):
+    """What one request may cost."""
+
+    max_body_bytes: int = Field(64_000_000, ge=1024, description="bytes of a request's JSON body")
+    request_seconds: float = Field(300.0, gt=0, description="from a request's arrival to its answer; then 504")
+    retry_after_seconds: int = Field(5, ge=1, description="the Retry-After of a 429")
+
+
+class Settings(Group):
+    """Everything that can be set."""
+
+    preset: PresetName = Field("miniature", description="the set of models")
+    weights_dir: Path = Field(Path("~/.cache/pulid-serve"), description="the folder of model files")
+    flux_file: Path | None = Field(
+        None, description="FLUX from here: a diffusers folder, flux1-*.safetensors, or an fp8 single file"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: the GPU where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the large models; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    store: StoreSettings = StoreSettings()
+    photos: PhotoSettings = PhotoSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Read `PULID_*` variables; `overrides` (a flag of the command line, say) win over them.
+
+        Raises SettingsInvalid, naming the variable or setting.
+        """
+        found = os.environ if environment is None else environment
+        tree: dict[str, Any] = {}
+        for name, text in found.items():
+            if name.startswith(PREFIX):
+                _put(tree, name.removeprefix(PREFIX).lower().split("__"), text, name)
+        for path, value in overrides.items():
+            _put(tree, path.split("__"), value, path)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = "__".join(str(part) for part in first["loc"])
+            raise SettingsInvalid(f"{PREFIX}{path.upper()} (setting {path}): {first['msg']}") from error
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any, name: str) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise SettingsInvalid(f"{name} goes below a setting that is a single value")
+    if isinstance(value, str) and value[:1] in ("[", "{"):  # lists are written as JSON
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise SettingsInvalid(f"{name} looks like JSON but is not: {error}") from error
+    tree[path[-1]] = value
