@@ -1,0 +1,99 @@
+"""IdentityEncoder: the Faces of one person -> Identity (EVA-CLIP + IDFormer, fusion)."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import InternalError, PipelineError
+from pipeline.faces import FaceBox, Faces
+from pipeline.settings import Settings
+from pipeline.trace import Trace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.eva_clip import EvaClip
+    from pipeline.models.pulid import IDFormer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Identity:
+    """Who somebody is, for FLUX.
+
+    tokens (32 * k, 2048) float32: k is 1, or the number of photos with fusion "concat". boxes: the faces it came from.
+    """
+
+    tokens: NDArray[np.float32]
+    boxes: tuple[FaceBox, ...]
+    trace: Trace
+
+
+class IdentityEncoder:
+    """Turns faces into identity tokens; several people at once share one pass through the networks."""
+
+    def __init__(self, eva_clip: "EvaClip", idformer: "IDFormer", models: Mapping[str, str]) -> None:
+        self._eva_clip = eva_clip
+        self._idformer = idformer
+        self._models = dict(models)
+
+    @classmethod
+    def load(cls, settings: Settings) -> Self:
+        """Read the networks from the preset's files; raises WeightsError."""
+        from pipeline import checkpoints
+
+        files = checkpoints.files(settings)
+        idformer, _ = checkpoints.load_pulid(files, settings)
+        return cls(checkpoints.load_eva_clip(files, settings), idformer, files.hashes("eva_clip", "pulid"))
+
+    def encode(self, faces: Faces, fusion: str = "mean") -> Identity:
+        """The identity of one person; `fusion` is mean (tokens averaged) or concat (tokens side by side)."""
+        result = self.encode_batch([(faces, fusion)])[0]
+        if isinstance(result, PipelineError):
+            raise result
+        return result
+
+    def encode_batch(self, people: Sequence[tuple[Faces, str]]) -> list[Identity | PipelineError]:
+        """The identities of several people; one whose numbers are not finite gets an error in its own slot."""
+        started = time.perf_counter()
+        photos = [face for faces, _ in people for face in faces.faces]
+        tokens = self._tokens(
+            np.stack([face.embedding for face in photos]), np.stack([face.features for face in photos])
+        )  # (photos, 32, 2048)
+        trace = Trace({"identity": time.perf_counter() - started}, self._models)
+        results: list[Identity | PipelineError] = []
+        for faces, fusion in people:
+            own, tokens = tokens[: len(faces.faces)], tokens[len(faces.faces) :]
+            fused = own.mean(axis=0) if fusion == "mean" else own.reshape(-1, own.shape[-1])
+            if np.isfinite(fused).all():
+                boxes = tuple(face.box for face in faces.faces)
+                results.append(Identity(np.ascontiguousarray(fused), boxes, faces.trace + trace))
+            else:
+                results.append(InternalError("The identity encoder gave numbers that are not finite; report this."))
+        return results
+
+    def _tokens(self, embeddings: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
+        import torch
+
+        from pipeline.models.eva_clip import normalise
+
+        weight = self._idformer.proj_out
+        with torch.inference_mode():
+            arcface = torch.tensor(embeddings, device=weight.device, dtype=weight.dtype)  # (photos, 512)
+            images = normalise(torch.tensor(features, device=weight.device)).to(weight.dtype)
+            pooled, hidden = self._eva_clip(images)
+            tokens: NDArray[np.float32] = self._idformer(id_cond(arcface, pooled), hidden).float().cpu().numpy()
+        return tokens
+
+
+def id_cond(arcface: "Tensor", pooled: "Tensor") -> "Tensor":
+    """IDFormer's id vector: ArcFace (B, 512) as it is beside EVA-CLIP's pooled (B, 768) at unit length -> (B, 1280).
+
+    Source: official pipeline_flux.py, get_id_embedding.
+    """
+    import torch
+
+    return torch.cat((arcface, pooled / pooled.norm(dim=1, keepdim=True)), dim=-1)

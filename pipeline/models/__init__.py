@@ -1,0 +1,1 @@
+"""Networks only: tensors in, tensors out, no files, no requests."""
