@@ -59,11 +59,14 @@ class EvaClip(nn.Module):
         """Build the tower from weights under the original names or open_clip's.
 
         Keys: `blocks.0.attn.q_proj.weight`..., with or without the prefix `visual.`, or open_clip's `visual.trunk.`;
-        keys of the text tower and rotary tables are ignored. Raises RuntimeError where a weight is missing or unknown.
+        keys of the text tower and rotary tables are ignored. Weights become float32. Raises RuntimeError where a weight is missing or unknown.
         """
-        tower = cls(**sizes)  # type: ignore[arg-type]
-        visual = {key: value for key, value in state_dict.items() if not key.startswith(("text.", "logit_scale"))}
-        tower.trunk.load_state_dict(checkpoint_filter_fn(visual, tower.trunk), strict=True)
+        with torch.device("meta"):  # drawing random numbers that are thrown away takes ten seconds at full size
+            tower = cls(**sizes)  # type: ignore[arg-type]
+        # The rotary table is computed, not loaded: take the one of a tower without blocks.
+        tower.trunk.rope = cls(**{**sizes, "depth": 0}).trunk.rope  # type: ignore[arg-type]
+        visual = {k: v.float() for k, v in state_dict.items() if not k.startswith(("text.", "logit_scale"))}
+        tower.trunk.load_state_dict(checkpoint_filter_fn(visual, tower.trunk), strict=True, assign=True)
         return tower.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,214 @@
+"""FaceDetector: the photos of one person -> the face picked in each (detect, pick, embed, align, parse).
+
+The official code takes ArcFace's face from one detector (the largest) and EVA-CLIP's from another (the most central),
+so a group photo can mix two people. Here one face is picked and used for both.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import FaceIndexOutOfRange, NoFace, WeightsCorrupt
+from pipeline.request import Person, Photo
+from pipeline.settings import Settings
+from pipeline.trace import Trace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.models.detection import Candidate
+    from pipeline.weights import WeightFiles
+
+Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FaceBox:
+    """Where a used face is: photo index, box (left, top, right, bottom), score in 0..1.
+
+    The box is in pixels of the photo as it is read: upright, and scaled down to `photos.long_edge` where it is larger.
+    """
+
+    photo: int
+    box: tuple[float, float, float, float]
+    score: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Face:
+    """One face, ready for the identity encoder.
+
+    embedding (512,) float32: ArcFace's raw output, not normalised. features (336, 336) float32: the aligned face in
+    gray on white, resized but not clamped (the official code does not), before normalisation. landmarks (5, 2) float32,
+    in the box's pixels.
+    """
+
+    embedding: NDArray[np.float32]
+    features: NDArray[np.float32]
+    landmarks: NDArray[np.float32]
+    box: FaceBox
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Faces:
+    """The faces of one person, one per photo, in the photos' order."""
+
+    faces: tuple[Face, ...]
+    trace: Trace
+
+
+class Finder(Protocol):
+    """Finds faces in a photo."""
+
+    def find(self, rgb: Pixels) -> "Sequence[Candidate]":
+        """All faces of a photo (H, W, 3); none: an empty sequence."""
+
+
+class Recogniser(Protocol):
+    """Tells people apart."""
+
+    def embed(self, crop: Pixels) -> NDArray[np.float32]:
+        """An ArcFace crop (112, 112, 3) -> (512,), not normalised."""
+
+
+class Parser(Protocol):
+    """Tells a face's parts apart."""
+
+    def labels(self, aligned: Pixels) -> NDArray[np.uint8]:
+        """An FFHQ crop (512, 512, 3) -> BiSeNet's number for each pixel (512, 512)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FaceModels:
+    """What a FaceDetector works with; `files` are names and sha256 of the model files, for the trace.
+
+    detector finds the faces to pick from. aligner finds the picked face once more, for the crop that is parsed; where
+    it does not, or is None, the detector's own points do.
+    """
+
+    detector: Finder
+    recogniser: Recogniser
+    aligner: Finder | None
+    parser: Parser
+    files: Mapping[str, str]
+
+
+class FaceDetector:
+    """Turns the photos of a person into faces.
+
+    A photo is not turned: a face that lies or stands on its head is used, upright, where the detector finds it. A tiny
+    face, or one cut by the photo's border, is used as it is; box and score say so.
+    """
+
+    def __init__(self, read: Callable[[Photo, str], Pixels], models: FaceModels) -> None:
+        """`read` turns a photo and its name into pixels, and raises PhotoError."""
+        self._read = read
+        self._models = models
+
+    @classmethod
+    def load(cls, settings: Settings) -> Self:
+        """Read the networks from the preset's files; raises WeightsError, SettingsInvalid."""
+        from pipeline.photos import PhotoReader
+
+        return cls(PhotoReader(settings).read, load_models(settings))
+
+    def detect(self, person: Person, index: int) -> Faces:
+        """One face per photo of people[index]; raises PhotoError, NoFace, FaceIndexOutOfRange, naming the photo."""
+        started = time.perf_counter()
+        faces = tuple(self._face(person, index, number) for number in range(len(person.photos)))
+        return Faces(faces, Trace({"faces": time.perf_counter() - started}, self._models.files))
+
+    def _face(self, person: Person, index: int, number: int) -> Face:
+        from pipeline.models.alignment import arcface_crop, ffhq_crop
+        from pipeline.models.detection import choose, usable
+        from pipeline.models.eva_clip import gray_on_white
+
+        name = f"people[{index}].photos[{number}]"
+        rgb = self._read(person.photos[number], name)
+        size = (rgb.shape[1], rgb.shape[0])
+        found = usable(self._models.detector.find(rgb), size)
+        if not found:
+            raise NoFace(f"{name} shows no face; send one with a face that is upright, sharp, well lit and not small.")
+        face = choose(found, person.face, size)
+        if face is None:
+            raise FaceIndexOutOfRange(
+                f"people[{index}].face is {person.face}, but {name} has {len(found)} face(s), counted from 0 at the "
+                "left; choose a smaller number."
+            )
+        aligned = ffhq_crop(rgb, self._alignment_points(rgb, face))
+        features = gray_on_white(aligned, self._models.parser.labels(aligned))
+        left, top, right, bottom = np.clip(face.box, 0, np.tile(size, 2)).tolist()
+        return Face(
+            embedding=self._models.recogniser.embed(arcface_crop(rgb, face.landmarks)),
+            features=features.numpy(),
+            landmarks=face.landmarks,
+            box=FaceBox(number, (left, top, right, bottom), face.score),
+        )
+
+    def _alignment_points(self, rgb: Pixels, face: "Candidate") -> NDArray[np.float32]:
+        from pipeline.models.detection import same_face, usable
+
+        aligner = self._models.aligner
+        again = [] if aligner is None else usable(aligner.find(rgb), (rgb.shape[1], rgb.shape[0]))
+        return (same_face(face, again) or face).landmarks
+
+
+def load_models(settings: Settings) -> FaceModels:
+    """The face networks of a preset; those of the miniature need no files. Raises WeightsError, SettingsInvalid."""
+    if settings.preset == "miniature":
+        from pipeline.miniature.faces import MODELS, CascadeFinder, CosineRecogniser, OvalParser
+
+        return FaceModels(CascadeFinder(), CosineRecogniser(), None, OvalParser(), MODELS)
+    from pipeline import checkpoints
+
+    return real_models(checkpoints.files(settings), str(checkpoints.device(settings)))
+
+
+def real_models(files: "WeightFiles", device: str) -> FaceModels:
+    """insightface's and facexlib's networks, from files and never from the network; raises WeightsError."""
+    from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+    from insightface.model_zoo.scrfd import SCRFD
+
+    from pipeline.models import detection
+
+    return FaceModels(
+        detection.ScrfdFinder(_onnx(SCRFD, 9, files.path("detector"), device)),
+        detection.ArcFaceRecogniser(_onnx(ArcFaceONNX, 1, files.path("recogniser"), device)),
+        detection.RetinaFaceFinder(_torch(detection.build_retinaface(device), files.path("retinaface"), device)),
+        detection.BiSeNetParser(_torch(detection.build_bisenet(), files.path("parsing"), device)),
+        files.hashes("detector", "recogniser", "retinaface", "parsing"),
+    )
+
+
+def _onnx(network: Callable[..., Any], outputs: int, path: Path, device: str) -> Any:
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
+    gpu = ("CUDAExecutionProvider", {"device_id": device.partition(":")[2] or "0"})
+    providers = [gpu, "CPUExecutionProvider"] if device.startswith("cuda") else ["CPUExecutionProvider"]
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=providers)
+    except (failures.Fail, failures.InvalidGraph, failures.InvalidProtobuf, failures.InvalidArgument) as error:
+        raise WeightsCorrupt(f"{path} cannot be read as an ONNX model; fetch it again.") from error
+    if len(session.get_outputs()) != outputs:
+        raise WeightsCorrupt(f"{path} is another model: it has not the {outputs} output(s) it should; fetch it again.")
+    return network(model_file=str(path), session=session)
+
+
+def _torch(network: "nn.Module", path: Path, device: str) -> Any:
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        # RetinaFace was saved from a DataParallel model, whose names have a prefix
+        network.load_state_dict({name.removeprefix("module."): weight for name, weight in state.items()})
+    except (OSError, EOFError, RuntimeError, AttributeError, ValueError, pickle.UnpicklingError) as error:
+        raise WeightsCorrupt(f"{path} does not hold the weights it should; fetch it again.") from error
+    return network.to(device).eval().requires_grad_(False)
