@@ -20,7 +20,8 @@ PipelineError                     code, status
 │       └── FaceIndexOutOfRange   422  face_index_out_of_range
 ├── Busy                          try again later
 │   ├── Overloaded                429  overloaded
-│   └── DeadlineExceeded          504  deadline_exceeded
+│   ├── DeadlineExceeded          504  deadline_exceeded
+│   └── WorkerUnavailable         503  worker_unavailable
 ├── Cancelled                     499  cancelled
 └── Fault                         ours or the operator's: 5xx, logged with an id
     ├── InternalError             500  internal_error
@@ -33,6 +34,7 @@ PipelineError                     code, status
     └── StoreError
         ├── StoreUnavailable      503  store_unavailable
         ├── StoreMisconfigured    500  store_misconfigured
+        ├── StoreConflict         500  store_conflict
         └── StoreCorrupt          500  store_corrupt
 
 Constructors take one message, a sentence that says what to do: an exception with a signature of its own does not
@@ -79,10 +81,14 @@ class BodyTooLarge(BadInput):
 
 
 class InvalidRequest(BadInput):
-    """A field is missing, unknown, of the wrong type or out of range."""
+    """A field is missing, unknown, of the wrong type or out of range.
+
+    `fields` may say which ones: pairs of a field, such as people[0].face, and what is wrong with it.
+    """
 
     code = "invalid_request"
     status = 422
+    fields: tuple[tuple[str, str], ...] = ()
 
 
 class MaskUnreadable(BadInput):
@@ -184,6 +190,12 @@ class DeadlineExceeded(Busy):
     status = 504
 
 
+class WorkerUnavailable(Busy):
+    """A stage has no running worker, or lost the one that had the request."""
+
+    code = "worker_unavailable"
+
+
 class Cancelled(PipelineError):
     """The caller went away, and the work was stopped."""
 
@@ -258,6 +270,13 @@ class StoreMisconfigured(StoreError):
     """The store refuses: no such bucket, expired or insufficient credentials, not writable."""
 
     code = "store_misconfigured"
+    status = 500
+
+
+class StoreConflict(StoreError):
+    """Another image is already stored under this id; it stays as it is."""
+
+    code = "store_conflict"
     status = 500
 
 
