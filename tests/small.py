@@ -1,0 +1,86 @@
+"""Small networks and records for tests: the production classes at toy sizes, with weights made by rule."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+from pipeline.denoise import FluxDenoiser
+from pipeline.faces import Face, FaceBox, Faces
+from pipeline.identity import Identity
+from pipeline.models.flux import IdentityFlux
+from pipeline.models.pulid import PulidCrossAttention
+from pipeline.text import Text
+from pipeline.trace import Trace
+from tests.parity.rule import fill
+
+KV_DIM = 32
+
+
+def transformer(guidance_embeds: bool = True) -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=3,
+        num_single_layers=5,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return fill(model, "transformer.").eval().requires_grad_(False)
+
+
+def cross_attentions() -> list[PulidCrossAttention]:
+    modules = [fill(PulidCrossAttention(32, 16, 2, KV_DIM), f"pulid_ca.{index}.") for index in range(4)]
+    return [module.requires_grad_(False) for module in modules]
+
+
+def vae() -> AutoencoderKL:
+    model = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return fill(model, "vae.").eval().requires_grad_(False)
+
+
+def denoiser(guidance_embeds: bool = True) -> FluxDenoiser:
+    uncond = torch.zeros(1, 32, KV_DIM)
+    flux = IdentityFlux(transformer(guidance_embeds), cross_attentions())
+    return FluxDenoiser(flux, vae(), uncond, {"flux": "00"})
+
+
+def text(seed: int, length: int = 128) -> Text:
+    random = np.random.default_rng(seed)
+    tokens, pooled = random.standard_normal((length, 24)), random.standard_normal(20)
+    return Text(tokens.astype(np.float32), pooled.astype(np.float32), False, Trace({"text": 0.5}, {"t5": "11"}))
+
+
+def identity(seed: int, photos: int = 1) -> Identity:
+    tokens = np.random.default_rng(seed).standard_normal((32 * photos, KV_DIM)).astype(np.float32)
+    tokens.setflags(write=False)  # as it arrives from another replica
+    boxes = tuple(FaceBox(photo, (1.0, 2.0, 3.0, 4.0), 0.9) for photo in range(photos))
+    return Identity(tokens, boxes, Trace({"faces": 0.25, "identity": 0.25}, {"pulid": "22"}))
+
+
+def faces(seed: int, photos: int = 1) -> Faces:
+    random = np.random.default_rng(seed)
+    found = tuple(
+        Face(
+            embedding=random.standard_normal(512).astype(np.float32),
+            features=random.random((336, 336), dtype=np.float32),
+            landmarks=np.zeros((5, 2), np.float32),
+            box=FaceBox(photo, (1.0, 2.0, 3.0, 4.0), 0.9),
+        )
+        for photo in range(photos)
+    )
+    return Faces(found, Trace({"faces": 0.25}, {"recogniser": "33"}))

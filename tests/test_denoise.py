@@ -1,0 +1,136 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.denoise import FluxDenoiser
+from pipeline.errors import Cancelled, MaskUnreadable, PictureInvalid
+from pipeline.request import Request
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> FluxDenoiser:
+    return small.denoiser()
+
+
+def request(people=(), **fields) -> Request:
+    people = [{"photos": ["AAAA"], **person} for person in people]
+    fields = {"prompt": "portrait", "width": 256, "height": 256, "num_steps": 3, "seed": 5} | fields
+    return Request.model_validate({"people": people, **fields})
+
+
+def draw(denoiser, req, *identities, **options) -> bytes:
+    negative = small.text(2) if req.uses_true_cfg else None
+    return denoiser.denoise(req, 0, small.text(1), negative, *identities, **options).data
+
+
+def test_a_picture_says_how_it_came_about(denoiser):
+    """Size, seed, steps, faces, seconds of every stage and the files used are all told."""
+    picture = denoiser.denoise(request([{}], num_outputs=2), 1, small.text(1), None, small.identity(1))
+    assert Image.open(io.BytesIO(picture.data)).size == (256, 256)
+    assert (picture.width, picture.height, picture.seed, picture.steps) == (256, 256, 6, 3)
+    assert picture.faces[0][0].score == 0.9
+    assert set(picture.trace.seconds) == {"faces", "identity", "text", "denoise"}
+    assert picture.trace.models == {"flux": "00", "t5": "11", "pulid": "22"}
+
+
+def test_id_weight_zero_is_a_request_without_people(denoiser):
+    """The bytes are the same, with true CFG and a mask too."""
+    zero = [{"id_weight": 0.0, "mask": {"box": [0, 0, 0.5, 1]}}]
+    for fields in ({}, {"true_cfg": 3.0}):
+        assert draw(denoiser, request(zero, **fields), small.identity(1)) == draw(denoiser, request(**fields))
+    assert draw(denoiser, request([{}]), small.identity(1)) != draw(denoiser, request())
+
+
+def test_an_identity_leaks_into_nobody_elses_picture(denoiser):
+    """After another person's request a request gives the bytes it gave before."""
+    first, plain = draw(denoiser, request([{}]), small.identity(1)), draw(denoiser, request())
+    assert draw(denoiser, request([{}]), small.identity(2)) != first
+    assert draw(denoiser, request([{}]), small.identity(1)) == first
+    assert draw(denoiser, request()) == plain
+
+
+def test_the_window_of_steps(denoiser):
+    """start_step and end_step bound when the identity acts; a window over all steps is no window."""
+    whole, plain = draw(denoiser, request([{}]), small.identity(1)), draw(denoiser, request())
+    late = draw(denoiser, request([{"start_step": 1}]), small.identity(1))
+    early = draw(denoiser, request([{"end_step": 1}]), small.identity(1))
+    assert len({whole, plain, late, early}) == 4
+    assert draw(denoiser, request([{"start_step": 0, "end_step": 3}]), small.identity(1)) == whole
+
+
+def test_true_cfg_reads_the_negative_prompt_and_nobody(denoiser):
+    """The second pass changes the picture from its first step on; a start after the last step turns it off."""
+    one = request([{}], true_cfg=3.0)
+    with_cfg = draw(denoiser, one, small.identity(1))
+    assert with_cfg != draw(denoiser, request([{}]), small.identity(1))
+    never = request([{}], true_cfg=3.0, timestep_to_start_cfg=3)
+    assert draw(denoiser, never, small.identity(1)) == draw(denoiser, request([{}]), small.identity(1))
+
+
+def test_two_people_each_in_a_half(denoiser):
+    """Two people with masks make another picture than either alone, and their order does not matter much."""
+    left, right = {"mask": {"box": [0, 0, 0.5, 1]}}, {"mask": {"box": [0.5, 0, 1, 1]}}
+    both = draw(denoiser, request([left, right]), small.identity(1), small.identity(2))
+    assert both != draw(denoiser, request([left]), small.identity(1))
+    swapped = draw(denoiser, request([right, left]), small.identity(2), small.identity(1))
+    pixels = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (both, swapped)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_several_photos_side_by_side(denoiser):
+    """The tokens of fusion concat, 32 per photo, are accepted."""
+    assert draw(denoiser, request([{}]), small.identity(1, photos=3))
+
+
+def test_progress_and_cancelling(denoiser):
+    """Every step is told; a cancelled request stops before its next step."""
+    seen = []
+    draw(denoiser, request(), on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    with pytest.raises(Cancelled):
+        draw(denoiser, request(), on_step=lambda done, _: seen.append(done), cancelled=lambda: len(seen) == 2)
+    assert seen == [1, 2]
+
+
+def test_numbers_that_are_no_picture_are_an_error():
+    """NaN in a weight ends in picture_invalid, not in a black file."""
+    broken = small.denoiser()
+    with torch.no_grad():
+        broken._flux.transformer.proj_out.weight[0, 0] = torch.nan
+    with pytest.raises(PictureInvalid, match="not finite"):
+        draw(broken, request())
+
+
+def test_a_black_picture_is_an_error():
+    """A decoder that gives only black ends in picture_invalid."""
+    broken = small.denoiser()
+    with torch.no_grad():
+        broken._vae.decoder.conv_out.weight.zero_()
+        broken._vae.decoder.conv_out.bias.fill_(-2)
+    with pytest.raises(PictureInvalid, match="black"):
+        draw(broken, request())
+
+
+def test_a_bad_mask_is_the_callers_error(denoiser):
+    """A mask that is no picture is refused before the first step."""
+    seen = []
+    with pytest.raises(MaskUnreadable):
+        draw(denoiser, request([{"mask": {"base64": "bm8="}}]), small.identity(1), on_step=lambda *a: seen.append(a))
+    assert seen == []
+
+
+@pytest.mark.parametrize(("name", "magic"), [("png", b"\x89PNG"), ("jpg", b"\xff\xd8"), ("webp", b"RIFF")])
+def test_formats(denoiser, name, magic):
+    """Each output format is what it says."""
+    assert draw(denoiser, request(output_format=name)).startswith(magic)
+
+
+def test_a_model_without_guidance_embedding():
+    """flux-schnell takes no guidance: the scale changes nothing."""
+    schnell = small.denoiser(guidance_embeds=False)
+    assert draw(schnell, request(guidance_scale=2.0)) == draw(schnell, request(guidance_scale=8.0))
