@@ -131,29 +131,40 @@ def load_eva_clip(files: WeightFiles, settings: Settings) -> "EvaClip":
     return _frozen(tower.to(device(settings), dtype(settings)))
 
 
-def load_pulid(files: WeightFiles, settings: Settings) -> "tuple[IDFormer, list[PulidCrossAttention]]":
-    """PuLID's identity encoder, and its cross-attentions in order. Raises WeightsMissing, WeightsCorrupt."""
-    from pipeline.models.pulid import IDFormer, PulidCrossAttention
+def load_idformer(files: WeightFiles, settings: Settings) -> "IDFormer":
+    """PuLID's identity encoder, alone. Raises WeightsMissing, WeightsCorrupt."""
+    from pipeline.models.pulid import IDFormer
 
     path = _existing(files.path("pulid"))
-    sizes = _sizes(settings)
     with _naming(path):
-        encoder: State = {}
-        attentions: dict[str, State] = {}
-        for key, tensor in _read([path], settings).items():
-            module, _, rest = key.partition(".")
-            if module == "pulid_ca":
-                index, _, name = rest.partition(".")
-                attentions.setdefault(index, {})[name] = tensor
-            else:
-                encoder[rest if module == "pulid_encoder" else key] = tensor
-        numbers = [str(number) for number in range(len(attentions))]
-        if set(numbers) != attentions.keys():
+        state = _pulid(path, settings, "pulid_encoder.")
+        return _assign(lambda: IDFormer(**_sizes(settings).idformer), state, settings)
+
+
+def load_cross_attentions(files: WeightFiles, settings: Settings) -> "list[PulidCrossAttention]":
+    """PuLID's cross-attentions, in order. Raises WeightsMissing, WeightsCorrupt."""
+    from pipeline.models.pulid import PulidCrossAttention
+
+    path = _existing(files.path("pulid"))
+    with _naming(path):
+        states: dict[str, State] = {}
+        for key, tensor in _pulid(path, settings, "pulid_ca.").items():
+            index, _, name = key.partition(".")
+            states.setdefault(index, {})[name] = tensor
+        numbers = [str(number) for number in range(len(states))]
+        if not states or set(numbers) != states.keys():
             raise WeightsCorrupt("its cross-attentions are not numbered from 0 without a gap")
-        return (
-            _assign(lambda: IDFormer(**sizes.idformer), encoder, settings),
-            [_assign(lambda: PulidCrossAttention(**sizes.cross_attention), attentions[n], settings) for n in numbers],
-        )
+        sizes = _sizes(settings).cross_attention
+        return [_assign(lambda: PulidCrossAttention(**sizes), states[number], settings) for number in numbers]
+
+
+def _pulid(path: Path, settings: Settings, module: str) -> State:
+    """The tensors of one of PuLID's two modules; a file with any third is another model's."""
+    with safe_open(path, framework="pt") as file:
+        strange = sorted(key for key in file.keys() if not key.startswith(("pulid_encoder.", "pulid_ca.")))
+    if strange:
+        raise WeightsCorrupt(f"{len(strange)} of its tensors are unknown: {', '.join(strange[:3])}")
+    return _read([path], settings, (module,))
 
 
 def _sizes(settings: Settings) -> Sizes:

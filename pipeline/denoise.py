@@ -103,11 +103,10 @@ class FluxDenoiser:
         from pipeline.weights import PRESETS
 
         files = checkpoints.files(settings)
-        idformer, cross_attentions = checkpoints.load_pulid(files, settings)
         with torch.inference_mode():
-            uncond = idformer.unconditional()
+            uncond = checkpoints.load_idformer(files, settings).unconditional()
         transformer = checkpoints.load_flux(files, settings)
-        flux = IdentityFlux(transformer, cross_attentions)
+        flux = IdentityFlux(transformer, checkpoints.load_cross_attentions(files, settings))
         vae = checkpoints.load_vae(files, settings)
         return cls(flux, vae, uncond, files.hashes("flux", "vae", "pulid"), PRESETS[settings.preset].shift)
 

@@ -46,8 +46,8 @@ class IdentityEncoder:
         from pipeline import checkpoints
 
         files = checkpoints.files(settings)
-        idformer, _ = checkpoints.load_pulid(files, settings)
-        return cls(checkpoints.load_eva_clip(files, settings), idformer, files.hashes("eva_clip", "pulid"))
+        eva_clip, idformer = checkpoints.load_eva_clip(files, settings), checkpoints.load_idformer(files, settings)
+        return cls(eva_clip, idformer, files.hashes("eva_clip", "pulid"))
 
     def encode(self, faces: Faces, fusion: str = "mean") -> Identity:
         """The identity of one person; `fusion` is mean (tokens averaged) or concat (tokens side by side)."""

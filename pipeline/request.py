@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.types import NonNegativeInt
 
 MAX_SEED = 2**64 - 1
+MAX_PEOPLE = 4
+MAX_PHOTOS = 8
+MAX_FIELDS = 100  # in one object of JSON, known or not
 NEGATIVE_PROMPT = "bad quality, worst quality, text, signature, watermark, extra limbs"
 # Formatting characters that hide what a prompt says. The joiners U+200C and U+200D are real letters of scripts and
 # of emoji, and stay.
@@ -23,6 +26,23 @@ class Record(BaseModel):
     """Strict (no "28" for 28, no true for 1), closed (no unknown fields), frozen, without NaN and infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        # Each wrong field or entry costs a kilobyte of error; see also _few.
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError("has far more fields than there are")
+        return value
+
+
+def _few(value: Any, most: int) -> Any:
+    """A JSON list as a tuple; one that is too long is refused before its entries are looked at."""
+    if isinstance(value, list):
+        if len(value) > most:
+            raise ValueError(f"give at most {most}, not {len(value)}")
+        return tuple(value)
+    return value
 
 
 class Photo(Record):
@@ -79,7 +99,7 @@ class Mask(Record):
 class Person(Record):
     """One person of the picture: photos (or a stored identity), and how, when and where the identity acts."""
 
-    photos: Annotated[tuple[Photo, ...], Field(max_length=8)] = ()
+    photos: Annotated[tuple[Photo, ...], Field(max_length=MAX_PHOTOS)] = ()
     identity: str | None = Field(None, max_length=64, description="the id of a stored identity, instead of photos")
     face: Literal["largest", "center", "left", "right"] | NonNegativeInt = Field(
         "largest", description="which face of each photo; a number counts from left to right, from 0"
@@ -93,7 +113,7 @@ class Person(Record):
     @field_validator("photos", mode="before")
     @classmethod
     def _photos_from_list(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        return _few(value, MAX_PHOTOS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -108,7 +128,7 @@ class Request(Record):
     """A picture to be made. Without people it is plain FLUX."""
 
     prompt: str = Field(min_length=1, max_length=8192, repr=False)
-    people: Annotated[tuple[Person, ...], Field(max_length=4)] = ()
+    people: Annotated[tuple[Person, ...], Field(max_length=MAX_PEOPLE)] = ()
     negative_prompt: str = Field(
         NEGATIVE_PROMPT, max_length=8192, repr=False, description="used when true_cfg is above 1"
     )
@@ -127,7 +147,7 @@ class Request(Record):
     @field_validator("people", mode="before")
     @classmethod
     def _people_from_list(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        return _few(value, MAX_PEOPLE)
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

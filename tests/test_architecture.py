@@ -13,7 +13,8 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # A module in pipeline/ imports only from those above it.
 ORDER = [
     *("errors", "settings", "trace", "request", "network", "fetch", "photos", "presets", "download", "manifest"),
-    *("weights", "models", "miniature", "checkpoints", "faces", "identity", "text", "denoise", "stored", "store_s3", "store", "flow"),
+    *("weights", "models", "miniature", "checkpoints", "faces", "identity", "text", "denoise"),
+    *("stored", "store_s3", "store", "flow"),
 ]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "open_clip", "timm", "insightface", "onnxruntime"}
 HEAVY |= {"facexlib", "safetensors", "skimage"}

@@ -515,21 +515,23 @@ def test_an_eva_clip_of_another_size_is_refused(made: Path) -> None:
 def test_pulid_is_loaded_strictly(tmp_path: Path, made: Path) -> None:
     """Cross-attentions come in their numbers' order; a tensor missing, a number missing or a stranger is refused."""
     state = load_file(made / miniature.PULID)
-    _, attentions = checkpoints.load_pulid(Files({"pulid": made / miniature.PULID}), CPU)
+    attentions = checkpoints.load_cross_attentions(Files({"pulid": made / miniature.PULID}), CPU)
     assert len(attentions) == miniature.CROSS_ATTENTIONS
     for index, attention in enumerate(attentions):
         assert torch.equal(attention.to_q.weight, state[f"pulid_ca.{index}.to_q.weight"])
-    for lost, named in (
-        ("pulid_encoder.latents", "missing: latents"),
-        ("pulid_ca.1.to_q.weight", "missing: to_q.weight"),
-        ("pulid_ca.1.", "numbered"),
+    for lost, load, named in (
+        ("pulid_encoder.latents", checkpoints.load_idformer, "missing: latents"),
+        ("pulid_ca.1.to_q.weight", checkpoints.load_cross_attentions, "missing: to_q.weight"),
+        ("pulid_ca.1.", checkpoints.load_cross_attentions, "numbered"),
+        ("pulid_ca.", checkpoints.load_cross_attentions, "numbered"),
+        ("pulid_encoder.", checkpoints.load_idformer, "missing"),
     ):
         damaged = {key: tensor for key, tensor in state.items() if not key.startswith(lost)}
         with pytest.raises(WeightsCorrupt, match=named):
-            checkpoints.load_pulid(Files({"pulid": write(damaged, tmp_path / "damaged.safetensors")}), CPU)
+            load(Files({"pulid": write(damaged, tmp_path / "damaged.safetensors")}), CPU)
     strange = write({**state, "id_adapter.weight": torch.ones(1)}, tmp_path / "strange.safetensors")
     with pytest.raises(WeightsCorrupt, match=r"unknown: id_adapter\.weight"):
-        checkpoints.load_pulid(Files({"pulid": strange}), CPU)
+        checkpoints.load_idformer(Files({"pulid": strange}), CPU)
 
 
 def test_device_and_dtype_follow_the_settings() -> None:

@@ -157,7 +157,7 @@ def test_loading_opens_no_connection(files: Files) -> None:
     sys.addaudithook(lambda event, _: connections.append(event) if watching and event.startswith("socket.") else None)
     for load in (
         *(checkpoints.load_flux, checkpoints.load_vae, checkpoints.load_t5, checkpoints.load_clip),
-        *(checkpoints.load_eva_clip, checkpoints.load_pulid),
+        *(checkpoints.load_eva_clip, checkpoints.load_idformer, checkpoints.load_cross_attentions),
     ):
         load(files, CPU)
     watching.clear()
@@ -168,7 +168,7 @@ def test_loading_opens_no_connection(files: Files) -> None:
 def test_the_whole_way_through_the_networks(files: Files) -> None:
     """From prompt and face to pixels every size fits, numbers stay of ordinary size, and each input counts."""
     encoder = TextEncoder(checkpoints.load_t5(files, CPU), checkpoints.load_clip(files, CPU), {})
-    idformer, attentions = checkpoints.load_pulid(files, CPU)
+    idformer, attentions = checkpoints.load_idformer(files, CPU), checkpoints.load_cross_attentions(files, CPU)
     flux = IdentityFlux(checkpoints.load_flux(files, CPU), attentions)
     vae = checkpoints.load_vae(files, CPU)
     face = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 336, 336), dtype=np.float32))

@@ -59,7 +59,8 @@ class EvaClip(nn.Module):
         """Build the tower from weights under the original names or open_clip's.
 
         Keys: `blocks.0.attn.q_proj.weight`..., with or without the prefix `visual.`, or open_clip's `visual.trunk.`;
-        keys of the text tower and rotary tables are ignored. Weights become float32. Raises RuntimeError where a weight is missing or unknown.
+        keys of the text tower and rotary tables are ignored. Weights become float32. Raises RuntimeError where a
+        weight is missing or unknown.
         """
         with torch.device("meta"):  # drawing random numbers that are thrown away takes ten seconds at full size
             tower = cls(**sizes)  # type: ignore[arg-type]
