@@ -161,7 +161,8 @@ def load_cross_attentions(files: WeightFiles, settings: Settings) -> "list[Pulid
 def _pulid(path: Path, settings: Settings, module: str) -> State:
     """The tensors of one of PuLID's two modules; a file with any third is another model's."""
     with safe_open(path, framework="pt") as file:
-        strange = sorted(key for key in file.keys() if not key.startswith(("pulid_encoder.", "pulid_ca.")))
+        names: list[str] = list(file.keys())
+    strange = sorted(key for key in names if not key.startswith(("pulid_encoder.", "pulid_ca.")))
     if strange:
         raise WeightsCorrupt(f"{len(strange)} of its tensors are unknown: {', '.join(strange[:3])}")
     return _read([path], settings, (module,))

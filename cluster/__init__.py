@@ -1,0 +1,1 @@
+"""Cluster: the command line, and how it runs somewhere."""
