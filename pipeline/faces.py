@@ -118,8 +118,16 @@ class FaceDetector:
         return cls(PhotoReader(settings).read, load_models(settings))
 
     def detect(self, person: Person, index: int) -> Faces:
-        """One face per photo of people[index]; raises PhotoError, NoFace, FaceIndexOutOfRange, naming the photo."""
+        """One face per photo of people[index].
+
+        Raises PhotoError, NoFace, FaceIndexOutOfRange, naming the photo; and MaskUnreadable, before a GPU has worked in
+        vain.
+        """
         started = time.perf_counter()
+        if person.mask is not None:
+            from pipeline.photos import mask_grid
+
+            mask_grid(person.mask, 1, 1, f"people[{index}].mask")
         faces = tuple(self._face(person, index, number) for number in range(len(person.photos)))
         return Faces(faces, Trace({"faces": time.perf_counter() - started}, self._models.files))
 

@@ -84,10 +84,11 @@ class PhotoReader:
         return _shrunk(np.array(_upright_rgb(image, "white")), self._settings.long_edge)
 
 
-def mask_grid(mask: Mask, rows: int, columns: int) -> NDArray[np.float32]:
+def mask_grid(mask: Mask, rows: int, columns: int, where: str = "A person's mask") -> NDArray[np.float32]:
     """How far a mask covers each cell of a grid: (rows, columns) in 0..1, the exact area average.
 
-    A picture is stretched over the grid; white acts, and what is transparent does not. Raises MaskUnreadable.
+    A picture is stretched over the grid; white acts, and what is transparent does not. Raises MaskUnreadable with a
+    message that begins with `where`.
     """
     if mask.box is not None:
         left, top, right, bottom = np.array(mask.box)[:, None] * np.array((columns, rows, columns, rows))[:, None]
@@ -98,7 +99,7 @@ def mask_grid(mask: Mask, rows: int, columns: int) -> NDArray[np.float32]:
             raise PhotoTooLarge(f"is longer than {MASK_EDGE} pixels; send a smaller one.")
         gray = np.array(_upright_rgb(image, "black").convert("L"), np.float32) / 255
     except PhotoError as error:
-        raise MaskUnreadable(f"A person's mask {error}") from error
+        raise MaskUnreadable(f"{where} {error}") from error
     grid = _average(rows, gray.shape[0]) @ gray @ _average(columns, gray.shape[1]).T
     return np.asarray(np.clip(grid, 0, 1), np.float32)  # a sum of weights is 1 but for rounding
 

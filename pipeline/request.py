@@ -15,11 +15,10 @@ MAX_PEOPLE = 4
 MAX_PHOTOS = 8
 MAX_FIELDS = 100  # in one object of JSON, known or not
 NEGATIVE_PROMPT = "bad quality, worst quality, text, signature, watermark, extra limbs"
-# Formatting characters that hide what a prompt says. The joiners U+200C and U+200D are real letters of scripts and
-# of emoji, and stay.
-INVISIBLE = frozenset("\u200b\u200e\u200f\u2060\ufeff") | {
-    chr(c) for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+# Format characters hide what a prompt says and are refused, but for those that writing needs: the two joiners of
+# scripts and emoji, and marks of Arabic, Syriac and Kaithi that can be seen.
+WRITING = frozenset("\t\n\r\u200c\u200d\u06dd\u070f\u08e2\U000110bd\U000110cd") | {chr(c) for c in range(0x600, 0x606)}
+FILLERS = frozenset("\u115f\u1160\u3164\uffa0")  # letters by their category, and blank
 
 
 class Record(BaseModel):
@@ -138,7 +137,7 @@ class Request(Record):
     guidance_scale: float = Field(4.0, ge=1, le=10)
     true_cfg: float = Field(1.0, ge=1, le=10, description="classifier-free guidance with a second pass; 1 is off")
     timestep_to_start_cfg: int = Field(1, ge=0, le=20, description="first step of the second pass")
-    max_sequence_length: Literal[128, 256, 384, 512] = 128
+    max_sequence_length: int = Field(128, ge=128, le=512, multiple_of=128, description="T5 tokens read of the prompt")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null: drawn at random, and told in the answer")
     num_outputs: int = Field(1, ge=1, le=4, description="pictures; picture n is drawn with seed + n")
     output_format: Literal["png", "jpg", "webp"] = "png"
@@ -153,13 +152,13 @@ class Request(Record):
     @classmethod
     def _visible_text(cls, value: str) -> str:
         for position, character in enumerate(value):
-            if character in INVISIBLE or (unicodedata.category(character) == "Cc" and character not in "\t\n\r"):
+            if character in FILLERS or (unicodedata.category(character) in ("Cc", "Cf") and character not in WRITING):
                 raise ValueError(f"remove the invisible character U+{ord(character):04X} at position {position}")
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.prompt.strip():
+        if not any(unicodedata.category(character)[0] in "LMNPS" for character in self.prompt):
             raise ValueError("prompt must say something")
         for index, person in enumerate(self.people):
             if person.start_step >= self.num_steps:
