@@ -184,21 +184,22 @@ class _Proxy(ThreadingHTTPServer):
         self.upstream = upstream
         self.closing = threading.Event()
         self.calls: list[tuple[str, str]] = []
-        self._faults = list(faults)
+        self.faults = list(faults)
         self._lock = threading.Lock()
 
     def next_fault(self, call: Call) -> Fault:
         with self._lock:
             self.calls.append((call.method, call.path))
-            return self._faults.pop(0) if self._faults else passes
+            return self.faults.pop(0) if self.faults else passes
 
 
 @dataclass
 class Faulty:
-    """A running proxy: its address, and the calls that it saw, as (method, path)."""
+    """A running proxy: its address, the calls that it saw, as (method, path), and the faults to come."""
 
     endpoint: str
     calls: list[tuple[str, str]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
 
 @contextmanager
@@ -208,7 +209,7 @@ def failing(upstream: str, *faults: Fault) -> Iterator[Faulty]:
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield Faulty(f"http://127.0.0.1:{proxy.server_port}", proxy.calls)
+        yield Faulty(f"http://127.0.0.1:{proxy.server_port}", proxy.calls, proxy.faults)
     finally:
         proxy.closing.set()
         proxy.shutdown()
