@@ -3,8 +3,8 @@
     python -m bench.stages [--runs 15] [--json FILE]
 
 Both ways run in turn in one session, on the same machine, with the same request and seed; figures are medians. The A/A
-ratio compares the in-process runs with each other (odd against even ones): a difference smaller than its distance from 1 is
-noise.
+ratio compares the in-process runs with each other (odd against even ones): a difference smaller than its distance from
+1 is noise.
 """
 
 import argparse
@@ -57,7 +57,10 @@ def measure(settings: Settings, runs: int) -> dict[str, Any]:
     served: list[tuple[float, dict[str, float]]] = []
     pixels = set()
     port = free_port()
-    with running(settings, "127.0.0.1", port) as url, httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+    with (
+        running(settings, "127.0.0.1", port) as url,
+        httpx.Client(base_url=url, timeout=120, trust_env=False) as client,
+    ):
         for run in range(runs + 2):
             for way, results in ((in_process, alone), (over_http, served)):
                 seconds, timings, digest = (

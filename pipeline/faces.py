@@ -113,6 +113,8 @@ class FaceDetector:
     @classmethod
     def load(cls, settings: Settings) -> Self:
         """Read the networks from the preset's files; raises WeightsError, SettingsInvalid."""
+        # torch takes seconds to import: now, and not while the first request waits
+        import pipeline.models.face_features  # noqa: F401
         from pipeline.photos import PhotoReader
 
         return cls(PhotoReader(settings).read, load_models(settings))
@@ -134,7 +136,7 @@ class FaceDetector:
     def _face(self, person: Person, index: int, number: int) -> Face:
         from pipeline.models.alignment import arcface_crop, ffhq_crop
         from pipeline.models.detection import choose, usable
-        from pipeline.models.eva_clip import gray_on_white
+        from pipeline.models.face_features import gray_on_white
 
         name = f"people[{index}].photos[{number}]"
         rgb = self._read(person.photos[number], name)

@@ -78,7 +78,7 @@ class IdentityEncoder:
     def _tokens(self, embeddings: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
         import torch
 
-        from pipeline.models.eva_clip import normalise
+        from pipeline.models.face_features import normalise
 
         weight = self._idformer.proj_out
         with torch.inference_mode():

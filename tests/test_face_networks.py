@@ -12,7 +12,7 @@ from pipeline.faces import FaceDetector, real_models
 from pipeline.models import detection
 from pipeline.models.alignment import arcface_crop, ffhq_crop
 from pipeline.models.detection import BiSeNetParser, RetinaFaceFinder, ScrfdFinder, build_bisenet
-from pipeline.models.eva_clip import gray_on_white
+from pipeline.models.face_features import gray_on_white
 from pipeline.request import Person
 from tests.face_models import FACE, RED, bisenet_weights, red_squares, retinaface_weights, write_arcface, write_scrfd
 

@@ -5,7 +5,7 @@ from pipeline.errors import FaceIndexOutOfRange, NoFace, PhotoUnreadable
 from pipeline.faces import FaceDetector, FaceModels, Faces
 from pipeline.models.alignment import arcface_crop, ffhq_crop
 from pipeline.models.detection import Candidate, choose, same_face, usable
-from pipeline.models.eva_clip import gray_on_white
+from pipeline.models.face_features import gray_on_white
 from pipeline.request import Person
 from tests.face_models import FACE, candidate
 

@@ -1,4 +1,4 @@
-"""EVA02-CLIP-L-14-336's picture tower with five of its hidden states, and the preprocessing that PuLID feeds it.
+"""EVA02-CLIP-L-14-336's picture tower with five of its hidden states; `face_features` is what PuLID feeds it.
 
 The tower is timm's own `Eva`, which open_clip uses for the same model; the original checkpoint
 (EVA02_CLIP_L_336_psz14_s6B.pt, MIT) is read through timm's converter.
@@ -7,21 +7,13 @@ The tower is timm's own `Eva`, which open_clip uses for the same model; the orig
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 
-IMAGE_SIZE = 336
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
-# BiSeNet's labels that are not the face: background, ears, earring, neck, necklace, cloth, hat (pulid.md 2.4, from
-# the official pipeline_flux.py)
-BACKGROUND_LABELS = (0, 7, 8, 9, 14, 15, 16, 18)
-LUMA = (0.299, 0.587, 0.114)
+from pipeline.models.face_features import IMAGE_SIZE, face_features
+
+__all__ = ["EvaClip", "face_features"]
 
 
 class EvaClip(nn.Module):
@@ -82,31 +74,3 @@ class EvaClip(nn.Module):
         )
         hidden = [torch.cat((prefix, patches), dim=1) for patches, prefix in states]  # (B, 1 + 576, width)
         return self.trunk.forward_head(final), hidden
-
-
-def gray_on_white(aligned_rgb: ArrayLike, labels: ArrayLike) -> Tensor:
-    """The aligned face in gray, all that is not face white, at the tower's size: (336, 336) float32.
-
-    aligned_rgb (H, W, 3) uint8, labels (H, W) in BiSeNet's numbering. Values are near 0..1 but, as in the official
-    code, not clamped after the bicubic resize (antialias=True, torchvision's default since 0.17).
-    """
-    rgb = torch.from_numpy(np.array(aligned_rgb, dtype=np.uint8)).permute(2, 0, 1).float() / 255  # (3, H, W)
-    background = torch.isin(torch.from_numpy(np.array(labels, dtype=np.int64)), torch.tensor(BACKGROUND_LABELS))
-    gray = (rgb * torch.tensor(LUMA)[:, None, None]).sum(dim=0)  # (H, W)
-    whitened = torch.where(background, torch.ones(()), gray)
-    return resize(whitened[None], [IMAGE_SIZE, IMAGE_SIZE], InterpolationMode.BICUBIC, antialias=True)[0]  # type: ignore[no-any-return]
-
-
-def normalise(features: Tensor) -> Tensor:
-    """Gray faces (B, 336, 336) -> the tower's input (B, 3, 336, 336)."""
-    mean, std = (torch.tensor(x, device=features.device)[None, :, None, None] for x in (MEAN, STD))
-    return (features[:, None].expand(-1, 3, -1, -1) - mean) / std
-
-
-def face_features(aligned_rgb: NDArray[np.uint8], labels: NDArray[np.integer]) -> Tensor:
-    """An aligned face and its parsing -> the tower's normalised input (1, 3, 336, 336).
-
-    aligned_rgb (H, W, 3) uint8, labels (H, W) in BiSeNet's numbering. Source: official pipeline_flux.py,
-    get_id_embedding.
-    """
-    return normalise(gray_on_white(aligned_rgb, labels)[None])

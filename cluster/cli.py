@@ -1,0 +1,228 @@
+"""The command `pulid`: serve, generate, demo, weights. What it starts it stops; other Ray clusters are let alone."""
+
+import base64
+import functools
+import io
+import ipaddress
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster import weights_cli
+from cluster.local import check, check_port, free_port, running
+from pipeline.errors import InvalidRequest, PipelineError, SettingsInvalid
+from pipeline.request import Person, Request
+from pipeline.settings import Settings
+
+app = typer.Typer(
+    help="A face photo and a prompt become a picture of that person.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # they hold prompts and photos
+)
+app.add_typer(weights_cli.app, name="weights")
+
+Preset = Annotated[str | None, typer.Option(help="The set of models (PULID_PRESET): miniature, flux-dev, ...")]
+FORMATS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+
+
+@app.command()
+def serve(
+    preset: Preset = None,
+    store: Annotated[str | None, typer.Option(help="file://folder or s3://bucket/prefix (PULID_STORE__URL)")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Listen beyond this machine.")] = False,
+) -> None:
+    """Start the service on this machine, until Ctrl-C."""
+    with _told():
+        if not (allow_remote or _loopback(host)):
+            raise SettingsInvalid(
+                f"--host {host} lets other machines in, and there are no API keys yet. Put an authenticating gateway "
+                "in front, and say --allow-remote."
+            )
+        settings = _settings(preset=preset, store__url=store)
+        check_port(host, port)
+        check(settings)
+        print(f"Starting with the preset {settings.preset}; pictures go to {settings.store.url}.", flush=True)
+        with running(settings, host, port) as url:
+            print(f"Ready: {url}/v1/images (Ctrl-C stops it)", flush=True)
+            _until_signal()
+            print("Stopping.", flush=True)
+
+
+@app.command()
+def generate(  # noqa: PLR0913 - each is an option of the command line
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="A .png, .jpg or .webp file to write.", dir_okay=False)],
+    prompt: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
+    photo: Annotated[
+        list[Path] | None, typer.Option(help="A photo of the person; may be repeated.", exists=True, dir_okay=False)
+    ] = None,
+    request: Annotated[
+        Path | None, typer.Option(help="A JSON file as for POST /v1/images; options win over it.", exists=True)
+    ] = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    true_cfg: float | None = None,
+    timestep_to_start_cfg: int | None = None,
+    max_sequence_length: int | None = None,
+    seed: int | None = None,
+    face: Annotated[str | None, typer.Option(help="largest, center, left, right, or a number from the left.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="Of several photos: mean or concat.")] = None,
+    id_weight: Annotated[float | None, typer.Option(help="How strongly the identity acts.")] = None,
+    start_step: Annotated[int | None, typer.Option(help="First step at which it acts.")] = None,
+    end_step: Annotated[int | None, typer.Option(help="First step at which it acts no more.")] = None,
+    preset: Preset = None,
+) -> None:
+    """Make pictures in this process, without a cluster. Options have the names, ranges and defaults of docs/api.md."""
+    from pipeline.flow import chain, load_stages
+
+    with _told():
+        wanted = _request(context.params)
+        settings = _settings(preset=preset)
+        print(f"Loading the preset {settings.preset}.", file=sys.stderr)
+        stages = load_stages(settings)
+        steps = wanted.num_steps * wanted.num_outputs
+        with typer.progressbar(length=steps, label="Denoising", file=sys.stderr) as bar:
+            denoise = functools.partial(stages.denoise, on_step=lambda *_: bar.update(1))
+            pictures = chain(wanted, replace(stages, denoise=denoise))
+        for number, made in enumerate(pictures):
+            path = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{number}")
+            _write(path, made.data)
+            print(f"{path} ({made.width}x{made.height}, seed {made.seed})")
+
+
+def _request(options: dict[str, Any]) -> Request:
+    """The request that options and a JSON file ask for together; raises BadInput."""
+    from deployments.body import parsed, validated
+
+    output: Path = options["output"]
+    if output.suffix.lower() not in FORMATS:
+        raise InvalidRequest("--output: the name has to end in .png, .jpg or .webp.")
+    body = parsed(options["request"].read_bytes()) if options["request"] else {}
+    body |= _given(**{name: options.get(name) for name in Request.model_fields})
+    body["output_format"] = FORMATS[output.suffix.lower()]
+    person = _given(**{name: options.get(name) for name in Person.model_fields})
+    if person.get("face", "").isdecimal():
+        person["face"] = int(person["face"])
+    if options["photo"]:
+        body["people"] = [{**person, "photos": [_base64(path.read_bytes()) for path in options["photo"]]}]
+    elif person:
+        raise InvalidRequest(
+            f"--{next(iter(person)).replace('_', '-')} says how a person is drawn; give a --photo too."
+        )
+    return validated(body).with_seed()
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="The folder for the picture.", file_okay=False)] = Path()) -> None:
+    """Start everything, make a picture from a photo of an astronaut over HTTP, and stop everything."""
+    started = time.perf_counter()
+    with _told(), tempfile.TemporaryDirectory(prefix="pulid-demo-") as folder:
+        settings = _settings(preset="miniature", store__url=f"file://{folder}")
+        print("Starting Ray Serve with the preset miniature on this machine.", flush=True)
+        with running(settings, "127.0.0.1", free_port()) as url:
+            print(f"Ready after {time.perf_counter() - started:.0f} s: {url}. Sending the photo.", flush=True)
+            answer, data = _ask(url)
+        path = out.absolute() / "pulid-demo.png"
+        out.mkdir(parents=True, exist_ok=True)
+        _write(path, data)
+        for (face,) in answer["faces"]:
+            print(f"Face found at {[round(edge) for edge in face['box']]} of the photo.")
+        stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in answer["timings"].items())
+        print(f"Picture of {answer['images'][0]['width']}x{answer['images'][0]['height']} with seed 1: {stages}.")
+        print("The miniature is not trained yet: its pictures are noise. Everything around them is real.")
+        print(f"All stopped after {time.perf_counter() - started:.0f} s. The picture:")
+        print(path)
+
+
+def _ask(url: str) -> tuple[dict[str, Any], bytes]:
+    """The demo's one request: the astronaut, as a client would send her."""
+    import httpx
+
+    body = {"prompt": "portrait of an astronaut", "people": [{"photos": [_base64(astronaut())]}]}
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+        response = client.post("/v1/images", json={**body, "width": 512, "height": 512, "num_steps": 8, "seed": 1})
+        if response.status_code != 200:
+            raise SystemExit(f"The service answered {response.status_code}: {response.text}")
+        answer = response.json()
+        return answer, client.get(answer["images"][0]["url"]).raise_for_status().content
+
+
+def astronaut() -> bytes:
+    """The photo of Eileen Collins (NASA, public domain) that scikit-image ships, as PNG."""
+    from PIL import Image
+    from skimage import data
+
+    buffer = io.BytesIO()
+    Image.fromarray(data.astronaut()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _until_signal() -> None:
+    stop = threading.Event()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors as one line and exit status 1."""
+    try:
+        yield
+    except PipelineError as error:
+        print(f"{error.code}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _settings(**overrides: Any) -> Settings:
+    settings = Settings.from_environment(**_given(**overrides))
+    # Replicas have working directories of their own.
+    kind, _, path = settings.store.url.partition("://")
+    url = f"file://{os.path.abspath(os.path.expanduser(path))}" if kind == "file" else settings.store.url
+    weights = settings.weights_dir.expanduser().absolute()
+    return settings.model_copy(update={"weights_dir": weights, "store": settings.store.model_copy(update={"url": url})})
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def main() -> None:
+    """The command."""
+    app()

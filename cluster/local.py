@@ -1,0 +1,90 @@
+"""The whole service on this machine, on a Ray cluster of its own; other Ray clusters are let alone."""
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import SettingsInvalid
+from pipeline.settings import Settings
+
+APPLICATION = "pulid"
+
+
+@contextmanager
+def running(settings: Settings, host: str, port: int) -> Iterator[str]:
+    """The application, as an address to send requests to; in the end all of it is stopped."""
+    # A token of its own, so that no other user of this machine can drive the cluster; set before Ray reads it.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
+    import ray
+    from ray import serve
+
+    from deployments.app import GPU_SHARES, wire
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Under /tmp, as the names of sockets in it have a limit.
+    folder = tempfile.mkdtemp(prefix="pulid-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    try:
+        _start_ray(folder)
+        gpu = settings.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1  # type: ignore[no-untyped-call]
+        shares = {
+            name: {"ray_actor_options": {"num_cpus": 0.2, "num_gpus": share}} for name, share in GPU_SHARES.items()
+        }
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.run(wire(settings, overrides=shares if gpu else None), name=APPLICATION)
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_ray(folder: str) -> None:
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init(
+                "local", _temp_dir=folder, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+            )
+            return
+        except Exception as error:  # Ray raises nothing more exact
+            ray.shutdown()
+            # Ray gives a node 30 s to start, which cannot be set and which a busy machine exceeds.
+            if last or "timed out during startup" not in str(error):
+                raise
+
+
+def check(settings: Settings) -> None:
+    """What would otherwise fail in a replica, after a while and with Ray's words around it; raises PipelineError."""
+    from pipeline import weights
+    from pipeline.store import open_store
+
+    open_store(settings.store).check()
+    if settings.preset != "miniature":  # whose files are made at the first start
+        files = weights.locate(settings)
+        for spec in files.preset.specs:
+            files.path(spec.role)
+
+
+def check_port(host: str, port: int) -> None:
+    """Whether the address can be listened on; raises SettingsInvalid."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SettingsInvalid(
+                f"{host}:{port} cannot be listened on ({error.strerror}); choose a --port."
+            ) from error
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

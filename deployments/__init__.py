@@ -1,0 +1,1 @@
+"""Ray Serve around pipeline/: nothing here computes."""

@@ -1,0 +1,286 @@
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import GPU_SHARES, AppArgs, Parts, build, wire
+from deployments.ingress import told
+from deployments.stages import FAILURES, FaceDetector, FluxDenoiser, IdentityEncoder, TextEncoder
+from pipeline import errors, flow
+from pipeline.request import Request
+from pipeline.settings import Settings
+from tests.fakes import (
+    A_FACE,
+    CRASH,
+    ENDLESS,
+    NO_FACE,
+    POISON,
+    FakeDenoise,
+    FakeFaces,
+    FakeIdentity,
+    FakeText,
+    MemoryStore,
+    notes,
+)
+
+CONFIG = yaml.safe_load((Path(__file__).parent.parent / "serve_config.yaml").read_text())
+(APPLICATION,) = CONFIG["applications"]
+FAKES = Parts(FakeFaces, FakeIdentity, FakeText, FakeDenoise, lambda settings: MemoryStore())
+
+
+def request(prompt="portrait", photo=A_FACE, **fields):
+    people = [{"photos": [photo]}]
+    return Request.model_validate(
+        {"prompt": prompt, "width": 256, "height": 256, "seed": 7, "people": people, **fields}
+    )
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings(weights_dir=tmp_path)
+
+
+# --- the application in Serve's local testing mode
+
+
+@pytest.fixture
+def local(settings):
+    """The application with fake stages, in this process; Serve marks the mode's argument as provisional."""
+    handle = serve.run(wire(settings, FAKES), name="local", _local_testing_mode=True)
+    return lambda wanted: handle.generate.remote(wanted).result(timeout_s=20)
+
+
+def test_the_deployments_give_what_generate_gives(local, settings):
+    """The same request gives the same pixels in one process and through the deployments."""
+    stages = flow.Stages(
+        faces=FakeFaces(settings).detect,
+        identity=FakeIdentity(settings).encode,
+        text=FakeText(settings).encode,
+        denoise=FakeDenoise(settings).denoise,
+    )
+    wanted = request(num_outputs=2, true_cfg=2.0)
+    ours = flow.generate(wanted, stages, MemoryStore()).record["pictures"]
+    theirs = local(wanted).record["pictures"]
+    assert [picture["sha256"] for picture in theirs] == [picture["sha256"] for picture in ours]
+
+
+def test_a_stages_error_reaches_the_caller(local):
+    """A photo without a face is NoFace, with its own words."""
+    with pytest.raises(errors.NoFace, match=r"^people\[0\]\.photos\[0\] shows no face\.$"):
+        local(request(photo=NO_FACE))
+
+
+def test_an_unforeseen_error_is_told_by_an_id(local, caplog):
+    """A bug in a stage arrives as InternalError, without the words of the original."""
+    with pytest.raises(errors.InternalError) as caught:
+        local(request(CRASH))
+    assert "secret" not in str(caught.value)
+
+
+# --- the replicas as plain objects
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def test_a_batch_and_its_poison(settings):
+    """People of several requests share one pass, and one that fails fails alone."""
+
+    async def go():
+        faces, encoder = FaceDetector(settings, FakeFaces), IdentityEncoder(settings, FakeIdentity)
+        photos = (A_FACE, POISON, A_FACE)
+        found = [await faces.detect(request(photo=photo).people[0], 0) for photo in photos]
+        return await asyncio.gather(*(encoder.encode(one, "mean") for one in found), return_exceptions=True)
+
+    first, poisoned, third = run(go())
+    assert isinstance(poisoned, errors.InternalError)
+    assert (first.tokens == third.tokens).all()
+    assert notes(settings.weights_dir, "batch") == {"3"}
+
+
+def test_cancelling_stops_the_loop_and_only_then_frees_the_replica(settings):
+    """A cancelled denoise ends within a step, and the next one starts after that; a second cancel changes nothing."""
+
+    async def go():
+        text = await TextEncoder(settings, FakeText).encode("p", 128)
+        replica = FluxDenoiser(settings, FakeDenoise)
+        task = asyncio.ensure_future(replica.denoise(request(ENDLESS), 0, text, None))
+        while not notes(settings.weights_dir, "step"):
+            await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(replica.denoise(request(people=[]), 0, text, None))
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (stopped,) = notes(settings.weights_dir, "stopped-7")
+        steps = {int(note.split("-")[1]) for note in notes(settings.weights_dir, "step")}
+        assert int(stopped) == max(steps) + 1
+        return await waiting
+
+    assert run(go()).steps == 28
+
+
+def test_a_cancelled_request_in_the_queue_never_starts(settings):
+    """Who goes away before the turn costs nothing."""
+
+    async def go():
+        text = await TextEncoder(settings, FakeText).encode("p", 128)
+        replica = FluxDenoiser(settings, FakeDenoise)
+        first = asyncio.ensure_future(replica.denoise(request(ENDLESS, seed=1), 0, text, None))
+        second = asyncio.ensure_future(replica.denoise(request(ENDLESS, seed=2), 0, text, None))
+        while not notes(settings.weights_dir, "step"):
+            await asyncio.sleep(0)
+        second.cancel()
+        first.cancel()
+        await asyncio.wait([first, second])
+
+    run(go())
+    assert {note.split("-")[0] for note in notes(settings.weights_dir, "step")} == {"1"}
+
+
+def test_a_replica_that_only_fails_is_replaced(settings):
+    """Unforeseen errors in a row make it unhealthy; a caller's mistake in between does not count, and clears."""
+
+    async def go():
+        text = await TextEncoder(settings, FakeText).encode("p", 128)
+        replica = FluxDenoiser(settings, FakeDenoise)
+        for wanted in (CRASH, CRASH, "fine", CRASH, CRASH):
+            await asyncio.gather(replica.denoise(request(wanted), 0, text, None), return_exceptions=True)
+        replica.check_health()
+        await asyncio.gather(replica.denoise(request(CRASH), 0, text, None), return_exceptions=True)
+        with pytest.raises(RuntimeError, match=f"{FAILURES} calls in a row"):
+            replica.check_health()
+
+    run(go())
+
+
+def test_a_stage_runs_outside_the_event_loop(settings):
+    """A replica answers health checks while its stage computes."""
+    seen = []
+
+    class Looking:
+        def __init__(self, settings):
+            pass
+
+        def encode(self, prompt, length):
+            seen.append(threading.current_thread())
+            return prompt
+
+    assert run(TextEncoder(settings, Looking).encode("p", 128)) == "p"
+    assert seen[0] is not threading.main_thread()
+
+
+# --- what a failed call means
+
+
+def wrapped(error):
+    """As Ray hands an error from replica to replica: wrapped, and of both types."""
+    return RayTaskError("call", "Traceback: a secret", error, "proctitle", 1, "ip").as_instanceof_cause()
+
+
+def test_errors_are_told_by_their_innermost_cause():
+    """However many replicas an error crossed, type and words are the original's."""
+    error = told(wrapped(wrapped(errors.NoFace("No face here."))))
+    assert (type(error), str(error)) == (errors.NoFace, "No face here.")
+
+
+def test_full_queues_and_lost_workers_have_their_own_errors():
+    """Back-pressure is Overloaded, a dead worker WorkerUnavailable, all else InternalError without its words."""
+    lost = RayServeException("an upstream actor died")
+    lost.__cause__ = ActorDiedError()
+    assert type(told(wrapped(BackPressureError(1, 1)))) is errors.Overloaded
+    assert type(told(lost)) is errors.WorkerUnavailable
+    assert type(told(wrapped(ActorDiedError()))) is errors.WorkerUnavailable
+    bug = told(wrapped(ValueError("a secret")))
+    assert type(bug) is errors.InternalError
+    assert "secret" not in str(bug)
+
+
+# --- serve_config.yaml and the options
+
+
+def known(config, parsed, path=""):
+    """Every key of a config that Ray has not kept: those it does not know."""
+    if isinstance(config, dict) and isinstance(parsed, dict):
+        missing = [f"{path}.{key}" for key in config if key not in parsed]
+        return missing + [
+            p for key in config if key in parsed for p in known(config[key], parsed[key], f"{path}.{key}")
+        ]
+    if isinstance(config, list):
+        return [
+            p for index, pair in enumerate(zip(config, parsed, strict=True)) for p in known(*pair, f"{path}[{index}]")
+        ]
+    return []
+
+
+def test_ray_knows_every_key_of_the_config():
+    """Ray drops what it does not know without a word; nothing in serve_config.yaml is dropped."""
+    assert known(CONFIG, ServeDeploySchema(**CONFIG).model_dump(exclude_unset=True)) == []
+    for deployment in APPLICATION["deployments"]:
+        scaling = deployment["autoscaling_config"]
+        assert known(scaling, AutoscalingConfig(**scaling).model_dump(exclude_unset=True)) == []
+    misspelt = {"applications": [{**APPLICATION, "deployments": [{"name": "Ingress", "max_ongoing_request": 1}]}]}
+    assert known(misspelt, ServeDeploySchema(**misspelt).model_dump(exclude_unset=True)) == [
+        ".applications[0].deployments[0].max_ongoing_request"
+    ]
+
+
+def test_a_misspelt_argument_is_refused():
+    """`args` of the config are settings, and only settings."""
+    with pytest.raises(ValidationError, match="presett"):
+        AppArgs(presett="flux-dev")
+
+
+def deployments(application):
+    """All deployments of a bound application, by name."""
+    found, left = {}, [application]
+    while left:
+        deployment = left.pop()._bound_deployment
+        found[deployment.name] = deployment
+        left += [a for arg in deployment.init_args if isinstance(arg, dict) for a in arg.values()]
+    return found
+
+
+def test_the_config_names_the_deployments_that_exist():
+    """Each deployment of build() has its block in serve_config.yaml, and no block names another."""
+    built = deployments(build(AppArgs(**APPLICATION["args"])))
+    assert built.keys() == {deployment["name"] for deployment in APPLICATION["deployments"]}
+
+
+def test_every_queue_is_bounded_and_says_when_to_come_back():
+    """A full queue answers 429 with Retry-After, and a rollout waits for the longest request."""
+    args = AppArgs(**APPLICATION["args"])
+    for deployment in deployments(build(args)).values():
+        assert 0 < deployment.max_queued_requests < 1000
+        assert deployment.backpressure_config.status_code == 429
+        assert deployment.backpressure_config.retry_after_s == args.limits.retry_after_seconds
+        assert deployment._deployment_config.graceful_shutdown_timeout_s > args.limits.request_seconds
+    assert CONFIG["http_options"]["request_timeout_s"] > args.limits.request_seconds
+
+
+def test_the_stages_share_one_gpu_and_keep_to_their_nodes():
+    """FaceDetector and Ingress run on CPU nodes; the others fit on one GPU together, and two denoisers never."""
+    options = {d["name"]: d["ray_actor_options"] for d in APPLICATION["deployments"]}
+    shares = {name: option["num_gpus"] for name, option in options.items() if "num_gpus" in option}
+    assert shares == GPU_SHARES
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["FluxDenoiser"] > 0.5
+    for name, option in options.items():
+        assert option["label_selector"] == {"pool": "gpu" if name in shares else "cpu"}
+
+
+def test_the_application_runs_on_a_machine_without_a_gpu():
+    """By default no deployment asks for one, and all fit on two cores."""
+    built = deployments(build(AppArgs()))
+    assert all(deployment.ray_actor_options.get("num_gpus", 0) == 0 for deployment in built.values())
+    assert sum(deployment.ray_actor_options["num_cpus"] for deployment in built.values()) <= 2
