@@ -9,8 +9,9 @@ GET  /healthz                whether pictures can be made now
 
 import asyncio
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import fastapi
 from fastapi import FastAPI
@@ -21,11 +22,13 @@ from starlette.requests import ClientDisconnect
 
 from deployments import problems
 from deployments.body import read_request
-from pipeline.errors import Cancelled, DeadlineExceeded, ImageNotFound, PipelineError
+from pipeline.errors import Cancelled, DeadlineExceeded, ImageNotFound, Overloaded, PipelineError, StoreUnavailable
 from pipeline.request import Request
 from pipeline.settings import LimitSettings
 from pipeline.stored import Content, Stored
 
+T = TypeVar("T")
+READ_SECONDS = 30  # more than the store's own tries of one call take
 DESCRIPTION = "A face photo and a prompt become a picture of that person."
 
 
@@ -94,6 +97,32 @@ def answer(stored: Stored, seconds: float) -> dict[str, Any]:
     }
 
 
+class Admission:
+    """Bounds how many requests are in the making at once, and so what their bodies take of the memory."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place while it lasts; raises Overloaded where none is free."""
+        if not self._free:
+            raise Overloaded("The service has all the work it can take; try again after the time in Retry-After.")
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+
+
+async def prompt_answer(answer: Awaitable[T], silent: str) -> T:
+    """What is read rather than made, within READ_SECONDS; raises StoreUnavailable."""
+    try:
+        return await asyncio.wait_for(answer, READ_SECONDS)
+    except TimeoutError as error:
+        raise StoreUnavailable(f"{silent} did not answer within {READ_SECONDS} seconds; try again.") from error
+
+
 def create_api(service: Service, limits: LimitSettings) -> FastAPI:
     """The API of a service. Every failure is answered as application/problem+json."""
     app = FastAPI(title="PuLID Serve", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
@@ -137,6 +166,7 @@ def _documented(*kinds: type[PipelineError]) -> dict[int | str, dict[str, Any]]:
 
 def _making(service: Service, limits: LimitSettings) -> fastapi.APIRouter:
     router = fastapi.APIRouter()
+    admitted = Admission(limits.max_requests).admitted
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Request"}}}}
 
     @router.post(
@@ -150,8 +180,9 @@ def _making(service: Service, limits: LimitSettings) -> fastapi.APIRouter:
         started = time.perf_counter()
         try:
             async with asyncio.timeout(limits.request_seconds) as clock:
-                request = await read_request(http.headers, http.stream(), limits.max_body_bytes)
-                stored = await service.generate(request)
+                with admitted():
+                    request = await read_request(http.headers, http.stream(), limits.max_body_bytes)
+                    stored = await service.generate(request)
         except TimeoutError as error:
             if not clock.expired():
                 raise
@@ -172,14 +203,14 @@ def _reading(service: Service) -> fastapi.APIRouter:
     @router.get("/v1/images/{image_id}", responses=_documented(ImageNotFound))
     async def record(image_id: str) -> Response:
         """The record of an image: the request without its photos, seeds, models, faces, timings."""
-        return JSONResponse(await service.record(image_id))
+        return JSONResponse(await prompt_answer(service.record(image_id), "The store"))
 
     @router.get("/v1/images/{image_id}/{number}", responses={307: {"description": "where the pixels are"}})
     async def pixels(image_id: str, number: str) -> Response:
         """The pixels of a picture, or a redirect to them."""
         if not (number.isdecimal() and number.isascii() and len(number) < 3):
             raise ImageNotFound("There is no such image; check its id and number.")
-        content = await service.content(image_id, int(number))
+        content = await prompt_answer(service.content(image_id, int(number)), "The store")
         if content.link is not None:
             return RedirectResponse(content.link, 307, {"Cache-Control": "no-store"})
         headers = {
@@ -198,7 +229,7 @@ def _reading(service: Service) -> fastapi.APIRouter:
     @router.get("/healthz", responses={503: {"model": problems.Problem, "description": "no picture can be made now"}})
     async def healthz() -> Response:
         """Whether pictures can be made now."""
-        return JSONResponse(await service.health())
+        return JSONResponse(await prompt_answer(service.health(), "Ray's controller or the store"))
 
     @router.get("/problems/{code}", responses=_documented(ImageNotFound))
     async def problem(code: str) -> Response:

@@ -75,10 +75,12 @@ def defaults(settings: Settings) -> dict[str, dict[str, Any]]:
         "ray_actor_options": {"num_cpus": 0.2, "num_gpus": 0},
     }
     return {
-        "Ingress": {**shared, "max_ongoing_requests": 32},
-        # One at a time: facexlib's networks keep state between calls, and a GPU stage is busy with one call.
-        "FaceDetector": {**shared, "max_ongoing_requests": 1},
-        "IdentityEncoder": {**shared, "max_ongoing_requests": 2 * stages.IDENTITY_BATCH},
+        # Far more than `limits.max_requests`: the API itself refuses beyond that, as a problem, and goes on to answer
+        # health checks and reads.
+        "Ingress": {**shared, "max_ongoing_requests": 16 * settings.limits.max_requests},
+        "FaceDetector": {**shared, "max_ongoing_requests": stages.FACES_AT_ONCE},
+        # A GPU stage is busy with one call.
+        "IdentityEncoder": {**shared, "max_ongoing_requests": 2},
         "TextEncoder": {**shared, "max_ongoing_requests": 2},
         "FluxDenoiser": {**shared, "max_ongoing_requests": 1},
     }

@@ -85,7 +85,10 @@ class Ingress:
 
     async def health(self) -> Mapping[str, Any]:
         """See deployments.api.Service. The store is asked for an image that is not there."""
-        running = await asyncio.to_thread(running_replicas)
+        try:
+            running = await asyncio.to_thread(running_replicas)
+        except (RayError, KeyError) as error:  # no controller, or one that has just started
+            raise WorkerUnavailable("Ray's controller does not answer; try again.") from error
         missing = [name for name in self._handles if running.get(name, 0) == 0]
         if missing:
             raise WorkerUnavailable(f"No {' and no '.join(missing)} is running yet; models may be loading. Try again.")

@@ -1,42 +1,53 @@
-"""The stages as replicas: each loads its plain class from pipeline/, and runs one call of it at a time in a thread."""
+"""The stages as replicas: each loads its plain class from pipeline/, and runs calls of it in threads."""
 
 import asyncio
 import threading
-from collections import deque
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments.problems import unforeseen
 from pipeline import denoise, faces, identity, text
-from pipeline.errors import PipelineError
+from pipeline.errors import Fault, PipelineError
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from pipeline.request import Person, Request
 
 R = TypeVar("R")
-FAILURES = 3  # unforeseen ones in a row, after which a replica is replaced: after a CUDA error no call works any more
-IDENTITY_BATCH = 8  # people, from any requests, that share one pass through the encoder
+FAILURES = 3  # of ours in a row, after which a replica is replaced: after a CUDA error no call works any more
+HANGING = 60  # seconds beyond the longest request, after which a call that still runs hangs
+FACES_AT_ONCE = (
+    8  # people whose photos are read at once: a slow address must not hold up everybody; networks have locks
+)
 
 
 class Replica:
     """What the replicas of all stages have in common."""
 
-    def __init__(self) -> None:
-        self._turn = asyncio.Lock()
-        self._failures = 0  # the replica's own health; nothing of a request
+    def __init__(self, settings: Settings, turns: int = 1) -> None:
+        """`turns`: calls at a time."""
+        self._patience = settings.limits.request_seconds + HANGING
+        self._turns = asyncio.Semaphore(turns)
+        # the replica's own health; nothing of a request
+        self._failures = 0
+        self._running: dict[object, float] = {}
 
     def check_health(self) -> None:
         """Asked by Serve; raises where this replica should be replaced."""
         if self._failures >= FAILURES:
-            raise RuntimeError(f"{type(self).__name__}: {self._failures} calls in a row failed in unforeseen ways")
+            raise RuntimeError(
+                f"{type(self).__name__}: {self._failures} calls in a row failed through no input's fault"
+            )
+        if any(time.monotonic() - since > self._patience for since in self._running.values()):
+            raise RuntimeError(f"{type(self).__name__}: a call does not end, though its request is over")
 
     async def _run(self, call: Callable[..., R], *args: Any, stop: threading.Event | None = None) -> R:
-        """One call in a thread. When cancelled, `stop` is set, and the replica is not free before the thread ends."""
-        async with self._turn:
+        """One call in a thread. When cancelled, `stop` is set, and its turn is not over before the thread ends."""
+        async with self._turns:
             work = asyncio.ensure_future(asyncio.to_thread(call, *args))
+            self._running[work] = time.monotonic()
             try:
                 result = await asyncio.shield(work)
             except asyncio.CancelledError:
@@ -44,12 +55,14 @@ class Replica:
                     stop.set()
                 await _ended(work)
                 raise
-            except PipelineError:
-                self._failures = 0
+            except PipelineError as error:
+                self._failures = self._failures + 1 if isinstance(error, Fault) else 0
                 raise
             except Exception as error:  # logged, and told by an id: its own words may quote a prompt
                 self._failures += 1
                 raise unforeseen(error, type(self).__name__) from None
+            finally:
+                del self._running[work]
             self._failures = 0
             return result
 
@@ -68,67 +81,32 @@ class FaceDetector(Replica):
     """pipeline.faces.FaceDetector as a deployment."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = faces.FaceDetector.load) -> None:
-        super().__init__()
+        super().__init__(settings, FACES_AT_ONCE)
         self._stage: faces.FaceDetector = load(settings)
 
     async def detect(self, person: "Person", index: int) -> faces.Faces:
         """The faces of people[index]."""
-        return await self._run(self._stage.detect, person, index)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
-    """A person in the queue of an IdentityEncoder, and where the answer goes."""
-
-    person: tuple[faces.Faces, str]
-    answer: "asyncio.Future[identity.Identity | PipelineError]"
+        stop = threading.Event()
+        return await self._run(partial(self._stage.detect, person, index, cancelled=stop.is_set), stop=stop)
 
 
 class IdentityEncoder(Replica):
-    """pipeline.identity.IdentityEncoder as a deployment; whoever waits when a pass begins shares it.
-
-    Not `serve.batch`: that waits for company even when idle, computes for callers that have left, and needs a cluster.
-    """
+    """pipeline.identity.IdentityEncoder as a deployment."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = identity.IdentityEncoder.load) -> None:
-        super().__init__()
+        super().__init__(settings)
         self._stage: identity.IdentityEncoder = load(settings)
-        self._queue: deque[Waiting] = deque()
-        self._passes: set[asyncio.Task[None]] = set()  # asyncio itself keeps no strong reference to a task
 
     async def encode(self, found: faces.Faces, fusion: str) -> identity.Identity:
         """The identity of one person."""
-        waiting = Waiting((found, fusion), asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
-        if not self._passes:
-            task = asyncio.ensure_future(self._work_off())
-            self._passes.add(task)
-            task.add_done_callback(self._passes.discard)
-        result = await waiting.answer
-        if isinstance(result, PipelineError):  # in a slot of its own: raised in the pass it would fail everybody in it
-            raise result
-        return result
-
-    async def _work_off(self) -> None:
-        while self._queue:
-            batch = [self._queue.popleft() for _ in range(min(IDENTITY_BATCH, len(self._queue)))]
-            batch = [waiting for waiting in batch if not waiting.answer.done()]  # some have left meanwhile
-            if not batch:
-                continue
-            try:
-                results = await self._run(self._stage.encode_batch, [waiting.person for waiting in batch])
-            except PipelineError as error:
-                results = [error] * len(batch)
-            for waiting, result in zip(batch, results, strict=True):
-                if not waiting.answer.done():
-                    waiting.answer.set_result(result)
+        return await self._run(self._stage.encode, found, fusion)
 
 
 class TextEncoder(Replica):
     """pipeline.text.TextEncoder as a deployment."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = text.TextEncoder.load) -> None:
-        super().__init__()
+        super().__init__(settings)
         self._stage: text.TextEncoder = load(settings)
 
     async def encode(self, prompt: str, length: int) -> text.Text:
@@ -140,7 +118,7 @@ class FluxDenoiser(Replica):
     """pipeline.denoise.FluxDenoiser as a deployment; a cancelled request frees it within one step."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = denoise.FluxDenoiser.load) -> None:
-        super().__init__()
+        super().__init__(settings)
         self._stage: denoise.FluxDenoiser = load(settings)
 
     async def denoise(

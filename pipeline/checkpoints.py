@@ -52,8 +52,10 @@ def device(settings: Settings) -> torch.device:
     name = settings.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsInvalid(f"PULID_DEVICE is {name}, but torch finds no CUDA device; set it to auto or cpu.")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise SettingsInvalid(f"PULID_DEVICE is {name}, which torch cannot use here; set it to auto or cpu.") from error
     return torch.device(name)
 
 

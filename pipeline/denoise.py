@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import Cancelled, PictureInvalid
+from pipeline.errors import Cancelled, PictureInvalid, WeightsCorrupt
 from pipeline.faces import FaceBox
 from pipeline.identity import Identity
 from pipeline.photos import mask_grid
-from pipeline.request import MAX_SEED, Person, Request
+from pipeline.request import MAX_SEED, Request
 from pipeline.settings import Settings
 from pipeline.text import Text
 from pipeline.trace import Trace, total
@@ -105,10 +105,18 @@ class FluxDenoiser:
         files = checkpoints.files(settings)
         with torch.inference_mode():
             uncond = checkpoints.load_idformer(files, settings).unconditional()
-        transformer = checkpoints.load_flux(files, settings)
-        flux = IdentityFlux(transformer, checkpoints.load_cross_attentions(files, settings))
+        preset, transformer = PRESETS[settings.preset], checkpoints.load_flux(files, settings)
+        if bool(transformer.config.guidance_embeds) != preset.guidance:
+            raise WeightsCorrupt(
+                f"{files.path('flux')} is not the FLUX of the preset {preset.name}: only dev models have a guidance "
+                "embedding, schnell has none; set PULID_PRESET to the preset that fits the file."
+            )
+        try:
+            flux = IdentityFlux(transformer, checkpoints.load_cross_attentions(files, settings))
+        except ValueError as error:
+            raise WeightsCorrupt(f"{files.path('flux')} is no FLUX.1 that PuLID fits: {error}.") from error
         vae = checkpoints.load_vae(files, settings)
-        return cls(flux, vae, uncond, files.hashes("flux", "vae", "pulid"), PRESETS[settings.preset].shift)
+        return cls(flux, vae, uncond, files.hashes("flux", "vae", "pulid"), preset.shift)
 
     def denoise(
         self,
@@ -172,8 +180,8 @@ class FluxDenoiser:
             true_cfg=request.true_cfg,
             cfg_step=request.timestep_to_start_cfg,
             people=tuple(
-                self._presence(request, person, identity)
-                for person, identity in zip(request.people, identities, strict=True)
+                self._presence(request, index, identity)
+                for index, (person, identity) in enumerate(zip(request.people, identities, strict=True))
                 if person.id_weight > 0  # a weight of 0 is nobody, to the bit
             ),
         )
@@ -181,13 +189,18 @@ class FluxDenoiser:
     def _conditioning(self, text: Text) -> tuple["Tensor", "Tensor"]:
         return self._tensor(text.tokens)[None], self._tensor(text.pooled)[None]
 
-    def _presence(self, request: Request, person: Person, identity: Identity) -> Presence:
+    def _presence(self, request: Request, index: int, identity: Identity) -> Presence:
+        import torch
+
         from pipeline.models.flux import IdentityRows
 
-        weight = self._tensor(np.full((1, 1, 1), person.id_weight, np.float32))
+        person, device = request.people[index], self._uncond.device
+        # float32 in every dtype of the model: bfloat16 would make 0.85 of it 0.8516
+        weight = torch.full((1, 1, 1), person.id_weight, device=device)
         mask = None
         if person.mask is not None:
-            mask = self._tensor(mask_grid(person.mask, *_grid(request))).reshape(1, -1, 1)  # (1, N, 1)
+            grid = mask_grid(person.mask, *_grid(request), f"people[{index}].mask")
+            mask = torch.from_numpy(grid).reshape(1, -1, 1).to(device)  # (1, N, 1)
         end = request.num_steps if person.end_step is None else person.end_step
         return Presence(
             start_step=person.start_step,

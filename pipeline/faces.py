@@ -4,6 +4,7 @@ The official code takes ArcFace's face from one detector (the largest) and EVA-C
 so a group photo can mix two people. Here one face is picked and used for both.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import FaceIndexOutOfRange, NoFace, WeightsCorrupt
+from pipeline.errors import Cancelled, FaceIndexOutOfRange, NoFace, WeightsCorrupt
 from pipeline.request import Person, Photo
 from pipeline.settings import Settings
 from pipeline.trace import Trace
@@ -109,6 +110,8 @@ class FaceDetector:
         """`read` turns a photo and its name into pixels, and raises PhotoError."""
         self._read = read
         self._models = models
+        # Photos may be read side by side; the networks take turns: insightface and facexlib keep state between steps.
+        self._networks = threading.Lock()
 
     @classmethod
     def load(cls, settings: Settings) -> Self:
@@ -119,27 +122,33 @@ class FaceDetector:
 
         return cls(PhotoReader(settings).read, load_models(settings))
 
-    def detect(self, person: Person, index: int) -> Faces:
+    def detect(self, person: Person, index: int, cancelled: Callable[[], bool] | None = None) -> Faces:
         """One face per photo of people[index].
 
-        Raises PhotoError, NoFace, FaceIndexOutOfRange, naming the photo; and MaskUnreadable, before a GPU has worked in
-        vain.
+        `cancelled` is asked before every photo, and makes it raise Cancelled. Raises PhotoError, NoFace,
+        FaceIndexOutOfRange, naming the photo; and MaskUnreadable, before a GPU has worked in vain.
         """
         started = time.perf_counter()
         if person.mask is not None:
             from pipeline.photos import mask_grid
 
             mask_grid(person.mask, 1, 1, f"people[{index}].mask")
-        faces = tuple(self._face(person, index, number) for number in range(len(person.photos)))
-        return Faces(faces, Trace({"faces": time.perf_counter() - started}, self._models.files))
+        faces = []
+        for number in range(len(person.photos)):
+            if cancelled is not None and cancelled():
+                raise Cancelled("The request was cancelled; its other photos were not read.")
+            faces.append(self._face(person, index, number))
+        return Faces(tuple(faces), Trace({"faces": time.perf_counter() - started}, self._models.files))
 
     def _face(self, person: Person, index: int, number: int) -> Face:
-        from pipeline.models.alignment import arcface_crop, ffhq_crop
-        from pipeline.models.detection import choose, usable
-        from pipeline.models.face_features import gray_on_white
-
         name = f"people[{index}].photos[{number}]"
         rgb = self._read(person.photos[number], name)
+        with self._networks:
+            return self._prepared(rgb, self._picked(rgb, person, index, name), number)
+
+    def _picked(self, rgb: Pixels, person: Person, index: int, name: str) -> "Candidate":
+        from pipeline.models.detection import choose, usable
+
         size = (rgb.shape[1], rgb.shape[0])
         found = usable(self._models.detector.find(rgb), size)
         if not found:
@@ -150,9 +159,15 @@ class FaceDetector:
                 f"people[{index}].face is {person.face}, but {name} has {len(found)} face(s), counted from 0 at the "
                 "left; choose a smaller number."
             )
+        return face
+
+    def _prepared(self, rgb: Pixels, face: "Candidate", number: int) -> Face:
+        from pipeline.models.alignment import arcface_crop, ffhq_crop
+        from pipeline.models.face_features import gray_on_white
+
         aligned = ffhq_crop(rgb, self._alignment_points(rgb, face))
         features = gray_on_white(aligned, self._models.parser.labels(aligned))
-        left, top, right, bottom = np.clip(face.box, 0, np.tile(size, 2)).tolist()
+        left, top, right, bottom = np.clip(face.box, 0, np.tile((rgb.shape[1], rgb.shape[0]), 2)).tolist()
         return Face(
             embedding=self._models.recogniser.embed(arcface_crop(rgb, face.landmarks)),
             features=features.numpy(),

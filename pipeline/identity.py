@@ -1,14 +1,14 @@
 """IdentityEncoder: the Faces of one person -> Identity (EVA-CLIP + IDFormer, fusion)."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import InternalError, PipelineError
+from pipeline.errors import InternalError
 from pipeline.faces import FaceBox, Faces
 from pipeline.settings import Settings
 from pipeline.trace import Trace
@@ -33,7 +33,7 @@ class Identity:
 
 
 class IdentityEncoder:
-    """Turns faces into identity tokens; several people at once share one pass through the networks."""
+    """Turns faces into identity tokens."""
 
     def __init__(self, eva_clip: "EvaClip", idformer: "IDFormer", models: Mapping[str, str]) -> None:
         self._eva_clip = eva_clip
@@ -50,30 +50,21 @@ class IdentityEncoder:
         return cls(eva_clip, idformer, files.hashes("eva_clip", "pulid"))
 
     def encode(self, faces: Faces, fusion: str = "mean") -> Identity:
-        """The identity of one person; `fusion` is mean (tokens averaged) or concat (tokens side by side)."""
-        result = self.encode_batch([(faces, fusion)])[0]
-        if isinstance(result, PipelineError):
-            raise result
-        return result
+        """The identity of one person; `fusion` is mean (tokens averaged) or concat (tokens side by side).
 
-    def encode_batch(self, people: Sequence[tuple[Faces, str]]) -> list[Identity | PipelineError]:
-        """The identities of several people; one whose numbers are not finite gets an error in its own slot."""
+        People never share a pass through the networks: in one batch with others the last bits of the tokens, and so the
+        pixels of the picture, would depend on who else is being served. Raises InternalError where the numbers are not
+        finite.
+        """
         started = time.perf_counter()
-        photos = [face for faces, _ in people for face in faces.faces]
         tokens = self._tokens(
-            np.stack([face.embedding for face in photos]), np.stack([face.features for face in photos])
+            np.stack([face.embedding for face in faces.faces]), np.stack([face.features for face in faces.faces])
         )  # (photos, 32, 2048)
-        trace = Trace({"identity": time.perf_counter() - started}, self._models)
-        results: list[Identity | PipelineError] = []
-        for faces, fusion in people:
-            own, tokens = tokens[: len(faces.faces)], tokens[len(faces.faces) :]
-            fused = own.mean(axis=0) if fusion == "mean" else own.reshape(-1, own.shape[-1])
-            if np.isfinite(fused).all():
-                boxes = tuple(face.box for face in faces.faces)
-                results.append(Identity(np.ascontiguousarray(fused), boxes, faces.trace + trace))
-            else:
-                results.append(InternalError("The identity encoder gave numbers that are not finite; report this."))
-        return results
+        fused = tokens.mean(axis=0) if fusion == "mean" else tokens.reshape(-1, tokens.shape[-1])
+        if not np.isfinite(fused).all():
+            raise InternalError("The identity encoder gave numbers that are not finite; set PULID_DTYPE to bfloat16.")
+        trace = faces.trace + Trace({"identity": time.perf_counter() - started}, self._models)
+        return Identity(np.ascontiguousarray(fused), tuple(face.box for face in faces.faces), trace)
 
     def _tokens(self, embeddings: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
         import torch

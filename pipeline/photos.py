@@ -101,7 +101,7 @@ def mask_grid(mask: Mask, rows: int, columns: int, where: str = "A person's mask
     except PhotoError as error:
         raise MaskUnreadable(f"{where} {error}") from error
     grid = _average(rows, gray.shape[0]) @ gray @ _average(columns, gray.shape[1]).T
-    return np.asarray(np.clip(grid, 0, 1), np.float32)  # a sum of weights is 1 but for rounding
+    return np.asarray(np.clip(grid, 0, 1).round(6), np.float32)  # a sum of weights is 1 but for rounding
 
 
 def _overlap(starts: NDArray[np.float64], ends: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
@@ -111,10 +111,10 @@ def _overlap(starts: NDArray[np.float64], ends: NDArray[np.float64], cells: int)
     return np.asarray(np.clip(overlap, 0, 1), np.float64)
 
 
-def _average(cells: int, pixels: int) -> NDArray[np.float32]:
+def _average(cells: int, pixels: int) -> NDArray[np.float64]:
     """The weights (cells, pixels) that average a row of pixels into equal cells."""
     edges = np.linspace(0, pixels, cells + 1)
-    return (_overlap(edges[:-1], edges[1:], pixels) * (cells / pixels)).astype(np.float32)
+    return _overlap(edges[:-1], edges[1:], pixels) * (cells / pixels)
 
 
 def _from_base64(text: str, max_bytes: int) -> bytes:

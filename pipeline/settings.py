@@ -59,7 +59,8 @@ class PhotoSettings(Group):
 class LimitSettings(Group):
     """What one request may cost."""
 
-    max_body_bytes: int = Field(64_000_000, ge=1024, description="bytes of a request's JSON body")
+    max_body_bytes: int = Field(32_000_000, ge=1024, description="bytes of a request's JSON body")
+    max_requests: int = Field(32, ge=1, description="POST /v1/images in the making in one ingress replica; then 429")
     request_seconds: float = Field(300.0, gt=0, description="from a request's arrival to its answer; then 504")
     retry_after_seconds: int = Field(5, ge=1, description="the Retry-After of a 429")
 

@@ -91,7 +91,7 @@ DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzCon
 LATER = ("IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown", "TooManyRequests")
 
 
-class _Contended(StoreUnavailable):
+class _Contended(Exception):
     """Two conditional writes of one key met, and S3 decided neither."""
 
 
@@ -226,7 +226,7 @@ class S3Store:
             raise _unanswered(error) from error
 
 
-def _answered(error: ClientError, bucket: str) -> PipelineError:
+def _answered(error: ClientError, bucket: str) -> Exception:
     """What an answer of S3 that is an error means."""
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = str(error.response.get("Error", {}).get("Code", ""))

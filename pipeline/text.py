@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import InternalError
 from pipeline.settings import Settings
 from pipeline.trace import Trace
 
@@ -55,7 +56,8 @@ class TextEncoder:
     def encode(self, prompt: str, length: int) -> Text:
         """A prompt as FLUX reads it: T5's last hidden state over `length` tokens, CLIP's pooled output over 77.
 
-        Padding is not masked, as in the official code, so `length` is part of what the picture depends on.
+        Padding is not masked, as in the official code, so `length` is part of what the picture depends on. Raises
+        InternalError where the numbers are not finite, before a whole generation is spent on them.
         """
         import torch
 
@@ -65,6 +67,8 @@ class TextEncoder:
         with torch.inference_mode():
             tokens = self._t5(torch.tensor([pieces], device=self._t5.device)).last_hidden_state[0]  # (L, 4096)
             pooled = self._clip(torch.tensor([words], device=self._clip.device)).pooler_output[0]  # (768,)
+        if not (torch.isfinite(tokens).all() and torch.isfinite(pooled).all()):
+            raise InternalError("The text encoder gave numbers that are not finite; set PULID_DTYPE to bfloat16.")
         return Text(
             tokens=tokens.float().cpu().numpy(),
             pooled=pooled.float().cpu().numpy(),

@@ -95,7 +95,7 @@ class Fake:
 
 
 class FakeFaces(Fake):
-    def detect(self, person, index):
+    def detect(self, person, index, cancelled=None):
         faces = []
         for number, photo in enumerate(person.photos):
             try:
@@ -111,22 +111,12 @@ class FakeFaces(Fake):
 
 
 class FakeIdentity(Fake):
-    def encode_batch(self, people):
-        note(self.folder, "batch", len(people))
-        return [self._one(faces) for faces, _ in people]
-
     def encode(self, faces, fusion):
-        (result,) = self.encode_batch([(faces, fusion)])
-        if isinstance(result, InternalError):
-            raise result
-        return result
-
-    def _one(self, found):
-        data = b"".join(face.embedding.tobytes() for face in found.faces)
-        if not all(np.isfinite(face.embedding).all() for face in found.faces):
-            return InternalError("The identity encoder gave numbers that are not finite; report this.")
-        trace = found.trace + Trace({"identity": 0.25}, {"identity": "11"})
-        return NotedIdentity(numbers((32, 2048), data), tuple(face.box for face in found.faces), trace, self.folder)
+        if not all(np.isfinite(face.embedding).all() for face in faces.faces):
+            raise InternalError("The identity encoder gave numbers that are not finite; report this.")
+        data = b"".join(face.embedding.tobytes() for face in faces.faces)
+        trace = faces.trace + Trace({"identity": 0.25}, {"identity": "11"})
+        return NotedIdentity(numbers((32, 2048), data), tuple(face.box for face in faces.faces), trace, self.folder)
 
 
 class FakeText(Fake):

@@ -54,9 +54,13 @@ def vae() -> AutoencoderKL:
 
 
 def denoiser(guidance_embeds: bool = True) -> FluxDenoiser:
-    uncond = torch.zeros(1, 32, KV_DIM)
     flux = IdentityFlux(transformer(guidance_embeds), cross_attentions())
-    return FluxDenoiser(flux, vae(), uncond, {"flux": "00"})
+    return FluxDenoiser(flux, vae(), uncond(), {"flux": "00"})
+
+
+def uncond() -> torch.Tensor:
+    """The identity tokens of nobody."""
+    return torch.randn(1, 32, KV_DIM, generator=torch.Generator().manual_seed(99))
 
 
 def text(seed: int, length: int = 128) -> Text:

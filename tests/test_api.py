@@ -32,12 +32,13 @@ class Service:
         )
         self.store = MemoryStore()
         self.failure = failure
-        self.cancelled = False
+        self.cancelled = self.waiting = False
 
     async def generate(self, request):
         if self.failure is None:
             return flow.generate(request, self.stages, self.store)
         if self.failure is asyncio.Event:
+            self.waiting = True
             try:
                 await asyncio.Event().wait()
             finally:
@@ -241,6 +242,29 @@ def test_the_deadline_cancels_the_work(tmp_path, post):
     response = post(json.dumps(SMALL), headers=headers, service=service, limits=LimitSettings(request_seconds=0.2))
     assert_problem(response, 504, "deadline_exceeded")
     assert service.cancelled
+
+
+def test_beyond_max_requests_the_api_itself_refuses(tmp_path):
+    """A full ingress answers with a problem and Retry-After, still tells its health, and is free again afterwards."""
+    service = Service(tmp_path, asyncio.Event)
+    limits = LimitSettings(max_requests=1, request_seconds=60, retry_after_seconds=7)
+
+    async def go():
+        transport = httpx.ASGITransport(create_api(service, limits))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            first = asyncio.ensure_future(client.post("/v1/images", json=SMALL))
+            while not service.waiting:
+                await asyncio.sleep(0)
+            refused, models = await client.post("/v1/images", json=SMALL), await client.get("/v1/models")
+            first.cancel()
+            await asyncio.wait([first])
+            service.failure = None
+            return refused, models, await client.post("/v1/images", json=SMALL)
+
+    refused, models, after = asyncio.run(go())
+    assert_problem(refused, 429, "overloaded")
+    assert refused.headers["retry-after"] == "7"
+    assert (models.status_code, after.status_code) == (200, 200)
 
 
 @pytest.mark.parametrize("kind", leaves(), ids=lambda kind: kind.code)

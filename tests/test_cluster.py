@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from ray import serve
 
-from deployments.app import GPU_SHARES, Parts, wire
+from deployments.app import Parts, wire
 from pipeline import flow
 from pipeline.request import Request
 from pipeline.settings import LimitSettings, Settings, StoreSettings
@@ -31,17 +33,21 @@ from tests.fakes import (
 )
 
 pytestmark = pytest.mark.cluster
+CONFIG = Path(__file__).parent.parent / "serve_config.yaml"
 FAKES = Parts(FakeFaces, FakeIdentity, FakeText, FakeDenoise, noted_store)
 STAGES = {"FaceDetector": "FakeFaces", "IdentityEncoder": "FakeIdentity", "TextEncoder": "FakeText"}
 STAGES |= {"FluxDenoiser": "FakeDenoise"}
 
 
 def placed(**more):
-    """Options as in serve_config.yaml: FaceDetector and Ingress on CPU nodes, the others share the GPU."""
-    options = {name: {"num_cpus": 0.5, "label_selector": {"pool": "cpu"}} for name in ("Ingress", "FaceDetector")}
-    for name, share in GPU_SHARES.items():
-        options[name] = {"num_cpus": 0.5, "num_gpus": share, "label_selector": {"pool": "gpu"}}
-    return {name: {"ray_actor_options": option, **more.get(name, {})} for name, option in options.items()}
+    """The options of serve_config.yaml itself, with fewer CPUs and one replica each."""
+    options = {}
+    for deployment in yaml.safe_load(CONFIG.read_text())["applications"][0]["deployments"]:
+        name = deployment.pop("name")
+        deployment["ray_actor_options"]["num_cpus"] = 0.5
+        deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
+        options[name] = {**deployment, **more.get(name, {})}
+    return options
 
 
 @pytest.fixture(scope="module")

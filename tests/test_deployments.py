@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import GPU_SHARES, AppArgs, Parts, build, wire
 from deployments.ingress import told
-from deployments.stages import FAILURES, FaceDetector, FluxDenoiser, IdentityEncoder, TextEncoder
+from deployments.stages import HANGING, FaceDetector, FluxDenoiser, IdentityEncoder, Replica, TextEncoder
 from pipeline import errors, flow
 from pipeline.request import Request
-from pipeline.settings import Settings
+from pipeline.settings import LimitSettings, Settings
 from tests.fakes import (
     A_FACE,
     CRASH,
@@ -82,7 +83,8 @@ def test_an_unforeseen_error_is_told_by_an_id(local, caplog):
     """A bug in a stage arrives as InternalError, without the words of the original."""
     with pytest.raises(errors.InternalError) as caught:
         local(request(CRASH))
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(caught.value) + caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 # --- the replicas as plain objects
@@ -92,19 +94,91 @@ def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 20))
 
 
-def test_a_batch_and_its_poison(settings):
-    """People of several requests share one pass, and one that fails fails alone."""
+def test_one_bad_face_fails_alone(settings):
+    """Of people encoded at once, and one right after another, only the bad one fails; nobody waits for ever."""
 
     async def go():
         faces, encoder = FaceDetector(settings, FakeFaces), IdentityEncoder(settings, FakeIdentity)
-        photos = (A_FACE, POISON, A_FACE)
-        found = [await faces.detect(request(photo=photo).people[0], 0) for photo in photos]
-        return await asyncio.gather(*(encoder.encode(one, "mean") for one in found), return_exceptions=True)
+        found = [await faces.detect(request(photo=photo).people[0], 0) for photo in (A_FACE, POISON, A_FACE)]
+        results = await asyncio.gather(*(encoder.encode(one, "mean") for one in found), return_exceptions=True)
+        return [*results, await encoder.encode(found[0], "mean"), await encoder.encode(found[2], "mean")]
 
-    first, poisoned, third = run(go())
+    first, poisoned, *others = run(go())
     assert isinstance(poisoned, errors.InternalError)
-    assert (first.tokens == third.tokens).all()
-    assert notes(settings.weights_dir, "batch") == {"3"}
+    assert all((first.tokens == other.tokens).all() for other in others)
+
+
+def test_a_slow_photo_holds_up_nobody(settings):
+    """While one person's photos are still being read, another's faces are found; a cancelled reading ends."""
+    reading, stopped = threading.Event(), threading.Event()
+
+    class Slow:
+        def detect(self, person, index, cancelled):
+            if index == 0:
+                return FakeFaces(settings).detect(person, index)
+            reading.set()
+            while not cancelled():
+                stopped.wait(0.01)
+            stopped.set()
+            raise errors.Cancelled("The request was cancelled.")
+
+    async def go():
+        replica, person = FaceDetector(settings, lambda _: Slow()), request().people[0]
+        slow = asyncio.ensure_future(replica.detect(person, 1))
+        await asyncio.to_thread(reading.wait)
+        assert await replica.detect(person, 0)
+        slow.cancel()
+        await asyncio.wait([slow])
+
+    run(go())
+    assert stopped.is_set()
+
+
+@pytest.mark.parametrize("error", [errors.PictureInvalid("black"), ValueError("a bug")])
+def test_a_replica_that_only_fails_is_replaced(settings, error):
+    """Faults of ours in a row make a replica unhealthy; bad input and a success do not count."""
+    replica = Replica(settings)
+
+    def fail(error):
+        raise error
+
+    async def go():
+        for failure in [error, error, errors.NoFace("no face"), error, error]:
+            with pytest.raises(errors.PipelineError):
+                await replica._run(fail, failure)
+        replica.check_health()
+        with pytest.raises(errors.PipelineError):
+            await replica._run(fail, error)
+        with pytest.raises(RuntimeError, match="in a row"):
+            replica.check_health()
+        await replica._run(int)
+        replica.check_health()
+
+    run(go())
+
+
+def test_a_call_that_hangs_makes_its_replica_unhealthy(settings):
+    """A call that runs on long after its request is over is seen by the health check."""
+    impatient = settings.model_copy(update={"limits": LimitSettings(request_seconds=0.001)})
+    replica, release, begun = Replica(impatient), threading.Event(), threading.Event()
+    replica._patience -= HANGING
+
+    def hang():
+        begun.set()
+        release.wait()
+
+    async def go():
+        work = asyncio.ensure_future(replica._run(hang))
+        await asyncio.to_thread(begun.wait)
+        while time.monotonic() - next(iter(replica._running.values())) <= replica._patience:
+            await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="does not end"):
+            replica.check_health()
+        release.set()
+        await work
+        replica.check_health()
+
+    run(go())
 
 
 def test_cancelling_stops_the_loop_and_only_then_frees_the_replica(settings):
@@ -146,22 +220,6 @@ def test_a_cancelled_request_in_the_queue_never_starts(settings):
 
     run(go())
     assert {note.split("-")[0] for note in notes(settings.weights_dir, "step")} == {"1"}
-
-
-def test_a_replica_that_only_fails_is_replaced(settings):
-    """Unforeseen errors in a row make it unhealthy; a caller's mistake in between does not count, and clears."""
-
-    async def go():
-        text = await TextEncoder(settings, FakeText).encode("p", 128)
-        replica = FluxDenoiser(settings, FakeDenoise)
-        for wanted in (CRASH, CRASH, "fine", CRASH, CRASH):
-            await asyncio.gather(replica.denoise(request(wanted), 0, text, None), return_exceptions=True)
-        replica.check_health()
-        await asyncio.gather(replica.denoise(request(CRASH), 0, text, None), return_exceptions=True)
-        with pytest.raises(RuntimeError, match=f"{FAILURES} calls in a row"):
-            replica.check_health()
-
-    run(go())
 
 
 def test_a_stage_runs_outside_the_event_loop(settings):

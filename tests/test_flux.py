@@ -104,8 +104,11 @@ def test_a_step_cache_keeps_the_identity_inside_its_residual():
     """A step that the first-block cache skips gives, for the same input, the result of the step before."""
     model = IdentityFlux(small.transformer(), small.cross_attentions())
     plain = draw(model, [person(1)])
-    model.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    runs = []
+    model.transformer.transformer_blocks[1].block.register_forward_hook(lambda *_: runs.append(1))
     with model.transformer.cache_context("row"):
         computed, skipped = draw(model, [person(1)]), draw(model, [person(1)])
     torch.testing.assert_close(computed, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(skipped, plain, rtol=1e-4, atol=1e-4)
+    assert len(runs) == 1  # the second step really was skipped

@@ -9,6 +9,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.denoise import FluxDenoiser, Generation, Presence
 from pipeline.identity import id_cond
 from pipeline.models import sampling
 from pipeline.models.eva_clip import EvaClip, face_features
@@ -58,8 +59,7 @@ def test_idformer(idformer):
     theirs = expected("idformer")
     hidden = [normal(f"idformer.hidden.{index}", (2, 577, 1024)) for index in range(5)]
     assert difference(idformer(normal("idformer.id_cond", (2, 1280)), hidden), theirs["id_embedding"]) < TOLERANCE
-    zeros = [torch.zeros(1, 577, 1024)] * 5
-    assert difference(idformer(torch.zeros(1, 1280), zeros), theirs["uncond_id_embedding"]) < TOLERANCE
+    assert difference(idformer.unconditional(), theirs["uncond_id_embedding"]) < TOLERANCE
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def test_identity_chain(eva_clip, idformer):
 
 
 class SmallFlux:
-    """The small FLUX of the vectors, its inputs, and the official loop written out."""
+    """The small FLUX of the vectors and its inputs."""
 
     def __init__(self) -> None:
         transformer = FluxTransformer2DModel(
@@ -114,16 +114,25 @@ class SmallFlux:
         times, guidances = torch.tensor([float(time)]), torch.tensor([guidance])
         return self.model.predict(latents, times, guidances, text, pooled, sampling.image_ids(6, 6), people)
 
-    def loop(self, start_step=None, id_weight=1.0, true_cfg=1.0, cfg_step=0) -> Tensor:
-        times, latents = sampling.schedule(8, 36), self.start
-        for index, (time, next_time) in enumerate(zip(times, times[1:], strict=False)):
-            active = start_step is not None and index >= start_step
-            velocity = self.step(latents, time, 4.0, None, self.id if active else None, id_weight)
-            if true_cfg != 1.0 and index >= cfg_step:
-                uncond = self.uncond_id if active else None
-                negative = self.step(latents, time, 4.0, self.negative, uncond, id_weight)
-                velocity = negative + true_cfg * (velocity - negative)
-            latents = sampling.euler_step(latents, velocity, time, next_time)
+    def loop(self, start_step=None, id_weight=1.0, true_cfg=1.0, cfg_step=8) -> Tensor:
+        """Eight steps of FluxDenoiser's own loop, from the vectors' noise."""
+        denoiser = FluxDenoiser(self.model, None, self.uncond_id, {})
+        weight = torch.full((1, 1, 1), id_weight)
+        presence = Presence(start_step or 0, 8, IdentityRows(self.id, weight), IdentityRows(self.uncond_id, weight))
+        generation = Generation(
+            times=sampling.schedule(8, 36),
+            guidance=torch.tensor([4.0]),
+            ids=sampling.image_ids(6, 6),
+            positive=self.positive,
+            negative=None if true_cfg == 1.0 else self.negative,
+            true_cfg=true_cfg,
+            cfg_step=cfg_step,
+            people=() if start_step is None else (presence,),
+        )
+        latents = self.start
+        with torch.no_grad():
+            for index in range(8):
+                latents = denoiser._step(generation, index, latents)
         return latents
 
 

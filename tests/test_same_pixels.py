@@ -16,12 +16,13 @@ from PIL import Image
 from ray import serve
 from skimage import data
 
-from deployments.app import GPU_SHARES, AppArgs, build, wire
+from deployments.app import AppArgs, build, wire
 from pipeline import flow
 from pipeline.request import Request
 from pipeline.settings import Settings
 from pipeline.store import open_store
 from tests import s3
+from tests.test_cluster import placed
 
 pytestmark = pytest.mark.cluster
 SMALL = {"width": 256, "height": 256, "num_steps": 2, "seed": 7}
@@ -94,13 +95,9 @@ def client(settings, bucket, ray_cluster):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = {name: {"num_cpus": 0.5, "label_selector": {"pool": "cpu"}} for name in ("Ingress", "FaceDetector")}
-    for name, share in GPU_SHARES.items():
-        options[name] = {"num_cpus": 0.5, "num_gpus": share, "label_selector": {"pool": "gpu"}}
     stored_in_s3 = settings.model_copy(update={"store": s3.s3_settings(bucket.endpoint, path_style=True)})
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    overrides = {name: {"ray_actor_options": option} for name, option in options.items()}
-    serve.run(wire(stored_in_s3, overrides=overrides), name="pulid")
+    serve.run(wire(stored_in_s3, overrides=placed()), name="pulid")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
         yield client
 

@@ -24,6 +24,7 @@ SAME_FACE = 0.4  # overlap
 AGREEMENT = 20
 # as parts of the cascade's box, which goes from above the brows to the chin
 AVERAGE_FACE = ((0.29, 0.36), (0.71, 0.36), (0.5, 0.58), (0.31, 0.75), (0.69, 0.75))
+MOST_WINDOWS = 3000  # a crowd of forty; the work grows with the square
 EMBEDDING_SIZE = 512
 EMBEDDING_NORM = 20.0  # about that of ArcFace's raw output
 SKIN, HAIR = 1, 17  # BiSeNet's numbers; 0 is background
@@ -42,15 +43,17 @@ class CascadeFinder:
         """All faces of a photo (H, W, 3), the surest first; none: an empty sequence."""
         gray = cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2GRAY)
         boxes = np.concatenate([self._windows(gray, edge) for edge in EDGES])
-        faces = []
-        while len(boxes):
-            same = np.stack([overlap(box, boxes) >= SAME_FACE for box in boxes])  # (n, n)
-            group = same[np.argmax(same.sum(axis=1))]
+        boxes = boxes[:MOST_WINDOWS]
+        faces: list[Candidate] = []
+        if not len(boxes):
+            return faces
+        same = np.stack([overlap(box, boxes) >= SAME_FACE for box in boxes])  # (n, n)
+        while True:
+            group = same[np.argmax(same.sum(axis=1))].copy()
             if group.sum() < AGREEMENT:
-                break
+                return faces
             faces.append(_candidate(boxes[group]))
-            boxes = boxes[~group]
-        return faces
+            same[group] = same[:, group] = False
 
     def _windows(self, gray: NDArray[np.uint8], edge: int) -> NDArray[np.float64]:
         scale = min(1.0, edge / max(gray.shape))

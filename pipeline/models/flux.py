@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor, nn
 
 from pipeline.models.pulid import PulidCrossAttention
@@ -27,8 +26,9 @@ DOUBLE_INTERVAL, SINGLE_INTERVAL = 2, 4
 class IdentityRows:
     """One person in each row of a batch.
 
-    tokens (B or 1, T, kv_dim); weight (B or 1, 1, 1): 0 where the person is not active; mask (B or 1, N, 1) over the
-    image tokens in 0..1, or None for everywhere. Tensors, never Python numbers: a compiled model keeps its graph.
+    tokens (B or 1, T, kv_dim); weight (B or 1, 1, 1) float32: 0 where the person is not active; mask (B or 1, N, 1)
+    float32 over the image tokens in 0..1, or None for everywhere. Tensors, never Python numbers: a compiled model
+    keeps its graph.
     """
 
     tokens: Tensor
@@ -62,16 +62,10 @@ class IdentityBlock(nn.Module):
         # In parallel: every person reads the block's own output, not what the person before has added.
         added = image
         for person in people:
-            residual = person.weight * self.cross_attention(person.tokens, image)  # type: ignore[misc]
-            added = added + (residual if person.mask is None else person.mask * residual)
+            strength = person.weight if person.mask is None else person.weight * person.mask
+            residual = strength * self.cross_attention(person.tokens, image)  # type: ignore[misc]
+            added = added + residual.to(image.dtype)
         return added
-
-
-# diffusers' step caches look up where a block's outputs are by its class.
-TransformerBlockRegistry.register(
-    IdentityBlock,
-    TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
-)
 
 
 class IdentityFlux(nn.Module):
@@ -120,6 +114,15 @@ class IdentityFlux(nn.Module):
         )[0]
 
     predict = forward
+
+    def enable_cache(self, config: Any) -> None:
+        """Switch on one of diffusers' step caches (FirstBlockCacheConfig, say); all rows of a call share its state."""
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        # The caches look up by its class where a block's outputs are.
+        places = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+        TransformerBlockRegistry.register(IdentityBlock, places)
+        self.transformer.enable_cache(config)
 
 
 def _wrap(blocks: nn.ModuleList, interval: int, cross_attentions: Any) -> nn.ModuleList:

@@ -30,7 +30,7 @@ def noise(seed: int, rows: int, columns: int, channels: int = 16) -> Tensor:
     """The start of a picture: (1, channels, rows, columns) float32, standard normal, drawn on the CPU.
 
     The official code draws in bfloat16 on the model's device, so that a seed means another picture on every device and
-    dtype; here one seed is one picture everywhere, at any batch size.
+    dtype; here one seed starts from the same noise everywhere, at any batch size.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, rows, columns), generator=generator, dtype=torch.float32)

@@ -36,7 +36,8 @@ def flux(state: State, dtype: torch.dtype) -> tuple[dict[str, Any], State]:
     fused = {key: state.pop(key) for key in list(state) if re.fullmatch(r"single_blocks\.\d+\.linear1\.\w+", key)}
     state.update(dict.fromkeys(fused, torch.empty(7 * CONVERTER_WIDTH, 0)))  # cut by the converter, then replaced
     converted: State = convert_flux_transformer_checkpoint_to_diffusers(state)
-    for key, tensor in fused.items():
+    for key in list(fused):
+        tensor = fused.pop(key)  # so that the parts never stand beside the whole of more than one block
         _, index, _, leaf = key.split(".")
         parts = torch.split(tensor, [width, width, width, tensor.shape[0] - 3 * width])
         for name, part in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), parts, strict=True):
