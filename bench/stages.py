@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if "OMP_NUM_THREADS" not in os.environ:  # Ray gives its replicas one; both ways are measured with the same
+        os.execve(sys.executable, [*sys.orig_argv], {**os.environ, "OMP_NUM_THREADS": "1"})
     with tempfile.TemporaryDirectory(prefix="pulid-bench-") as folder:
         settings = Settings.from_environment({}, preset="miniature", store__url=f"file://{folder}")
         results = measure(settings, options.runs)

@@ -70,7 +70,8 @@ def generate(  # noqa: PLR0913 - each is an option of the command line
         list[Path] | None, typer.Option(help="A photo of the person; may be repeated.", exists=True, dir_okay=False)
     ] = None,
     request: Annotated[
-        Path | None, typer.Option(help="A JSON file as for POST /v1/images; options win over it.", exists=True)
+        Path | None,
+        typer.Option(help="A JSON file as for POST /v1/images; options win over it.", exists=True, dir_okay=False),
     ] = None,
     negative_prompt: str | None = None,
     width: int | None = None,
@@ -94,6 +95,7 @@ def generate(  # noqa: PLR0913 - each is an option of the command line
     with _told():
         wanted = _request(context.params)
         settings = _settings(preset=preset)
+        output.parent.mkdir(parents=True, exist_ok=True)  # now, and not when the picture is finished
         print(f"Loading the preset {settings.preset}.", file=sys.stderr)
         stages = load_stages(settings)
         steps = wanted.num_steps * wanted.num_outputs
@@ -188,6 +190,9 @@ def _told() -> Iterator[None]:
         yield
     except PipelineError as error:
         print(f"{error.code}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except OSError as error:  # a file that an option names
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         raise typer.Exit(1) from error
 
 

@@ -100,13 +100,22 @@ def test_generate_makes_one_picture_with_a_progress_bar(pulid, tmp_path):
         "--seed",
         3,
     )
-    results = [pulid("generate", *wish, "--output", name) for name in ("one.png", "two.png")]
+    results = [pulid("generate", *wish, "--output", name) for name in ("one.png", "new/two.png")]
     assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     assert "seed 3" in results[0].stdout
     assert "Denoising" in results[0].stderr
     with Image.open(tmp_path / "one.png") as picture:
         assert (picture.size, picture.format) == ((256, 256), "PNG")
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "new" / "two.png").read_bytes()
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_loaded(pulid, tmp_path):
+    """A file in the way of the output's folder is one line, not a lost picture."""
+    (tmp_path / "taken").touch()
+    result = pulid("generate", "--prompt", "portrait", "--output", "taken/a.png")
+    assert result.exit_code == 1
+    assert "Loading" not in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_generate_reads_a_request_and_options_win(pulid, tmp_path):

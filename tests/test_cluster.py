@@ -155,11 +155,14 @@ def test_typed_errors_cross_the_replicas(client):
 
 
 def test_a_bug_in_a_stage_leaks_nothing(client):
-    """Neither the words of an unforeseen error nor a remote traceback reach the caller."""
+    """Neither the words of an unforeseen error nor a remote traceback reach the caller; no log holds the prompt."""
     response = client.post("/v1/images", json=body(CRASH))
     assert_problem(response, 500, "internal_error")
     assert "secret" not in response.text
     assert "Traceback" not in response.text
+    logs = [path for path in Path(os.environ["RAY_TMPDIR"]).rglob("*") if path.suffix in (".log", ".out", ".err")]
+    assert any(b"ZeroDivisionError" in path.read_bytes() for path in logs), "the failure was not logged"
+    assert not any(b"my secret" in path.read_bytes() for path in logs)
 
 
 def test_a_large_body_is_refused_over_a_real_connection(client):

@@ -12,7 +12,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import GPU_SHARES, AppArgs, Parts, build, wire
+from deployments.app import GPU_SHARES, AppArgs, Parts, build, defaults, wire
 from deployments.ingress import told
 from deployments.stages import HANGING, FaceDetector, FluxDenoiser, IdentityEncoder, Replica, TextEncoder
 from pipeline import errors, flow
@@ -92,6 +92,14 @@ def test_an_unforeseen_error_is_told_by_an_id(local, caplog):
 
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def test_no_deployment_scales_beyond_what_it_takes():
+    """A target above max_ongoing_requests would never be reached, and Ray warns of it at every deploy."""
+    taken = defaults(Settings(**APPLICATION["args"]))
+    for deployment in APPLICATION["deployments"]:
+        most = deployment.get("max_ongoing_requests", taken[deployment["name"]]["max_ongoing_requests"])
+        assert deployment["autoscaling_config"]["target_ongoing_requests"] <= most
 
 
 def test_one_bad_face_fails_alone(settings):

@@ -106,7 +106,7 @@ def run(job: Job, settings: Settings, makers: Mapping[str, Maker] = STEPS) -> Su
     settings = _absolute(settings)
     try:
         lines = rows.index(job.input, settings.preset)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # pyarrow raises ValueError for an address that it does not know
         raise SettingsInvalid(f"--input cannot be read: {error}") from error
     open_store(settings.store).check()  # a store that refuses is told before any GPU is used
     print(f"{_count(len(lines), 'row')} to do", flush=True)
@@ -137,9 +137,10 @@ def _results(job: Job, settings: Settings, lines: Sequence[Line], makers: Mappin
 
 
 def _through(dataset: Dataset, pool: Pool, makers: Mapping[str, Maker], source: Source) -> Dataset:
-    settings = source.settings
-    if not pool.gpus and settings.device == "auto":  # or a step without a GPU of its own would take a neighbour's
-        source = Source(settings.model_copy(update={"device": "cpu"}), source.input)
+    # A step without a GPU of its own must not take a neighbour's, nor one with a GPU leave it idle because the node on
+    # which the job was started has none.
+    device = {True: "auto", False: "cpu"}[pool.gpus > 0]
+    source = Source(source.settings.model_copy(update={"device": device}), source.input)
     here = None
     if "request" in makers and "://" not in source.input:  # the file is where the job runs
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
@@ -155,7 +156,13 @@ def _through(dataset: Dataset, pool: Pool, makers: Mapping[str, Maker], source: 
 
 @contextmanager
 def _output(address: str) -> Iterator[IO[bytes]]:
-    filesystem, path = rows.locate(address)
+    try:
+        filesystem, path = rows.locate(address)
+        if not isinstance(filesystem, fs.LocalFileSystem):  # told now, and not when the GPUs' work is done
+            filesystem.open_output_stream(f"{path}.part").close()
+            filesystem.delete_file(f"{path}.part")
+    except (OSError, ValueError) as error:
+        raise SettingsInvalid(f"--output cannot be written: {error}") from error
     if isinstance(filesystem, fs.LocalFileSystem):
         try:
             Path(f"{path}.part").touch()
@@ -190,8 +197,8 @@ def _count(number: int, noun: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 even where single rows failed, 1 where the job did."""
     parser = argparse.ArgumentParser(prog="python -m cluster.jobs.batch", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--input", required=True, help="JSONL, one request per line: a path, or s3://bucket/key")
-    parser.add_argument("--output", required=True, help="JSONL, one result per line: a path, or s3://bucket/key")
+    parser.add_argument("--input", required=True, help="JSONL, one request per line: a path, or s3://bucket/key of AWS")
+    parser.add_argument("--output", required=True, help="JSONL, one result per line: a path, or s3://bucket/key of AWS")
     parser.add_argument("--store", help="where pictures go: file://folder or s3://bucket/prefix (PULID_STORE__URL)")
     parser.add_argument("--preset", help="the set of models (PULID_PRESET)")
     parser.add_argument("--num-gpus", type=int, help="GPUs to use; default: those the cluster has now; 0: none")
