@@ -7,13 +7,13 @@ a new address and is checked like the first. Bytes and seconds are bounded.
 import re
 from collections.abc import Iterable
 from contextlib import closing
-from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 import httpcore
 
 from pipeline.errors import PhotoAddressRefused, PhotoFetchFailed, PhotoTooLarge
 from pipeline.network import Network, within
+from pipeline.s3 import s3_client
 from pipeline.settings import Settings, StoreSettings
 
 # The one parser of addresses. Without ASCII, "ſ" would match "s".
@@ -143,21 +143,6 @@ class Fetcher:
     def _too_slow(self) -> PhotoFetchFailed:
         seconds = self._photos.fetch_seconds
         return PhotoFetchFailed(f"did not arrive within {seconds:g} seconds; give a faster address, or send base64.")
-
-
-def s3_client(store: StoreSettings) -> Any:
-    """A boto3 client for the S3 that the store's settings name; credentials as boto3 finds them."""
-    import boto3
-    from botocore.config import Config
-
-    config = Config(
-        connect_timeout=store.connect_seconds,
-        read_timeout=store.read_seconds,
-        retries={"mode": "standard", "total_max_attempts": store.attempts},
-        s3={"addressing_style": "path" if store.path_style else "auto"},
-    )
-    session = boto3.session.Session(region_name=store.region)
-    return session.client("s3", endpoint_url=store.endpoint_url, config=config)
 
 
 def _own_store(store: StoreSettings) -> tuple[str, tuple[str, ...]]:

@@ -79,7 +79,8 @@ def write_manifest(folder: Path) -> None:
 
 
 def below(path: Path) -> list[Path]:
-    """The files of a folder, in order, or the file itself; names that start with a dot stay out."""
+    """The files of a folder, in order, or the file itself; hidden files and folders stay out."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    files = (file for file in path.rglob("*") if file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))

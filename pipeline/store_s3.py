@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ChecksumError,
@@ -36,6 +34,7 @@ from pipeline.errors import (
     StoreUnavailable,
 )
 from pipeline.request import Request
+from pipeline.s3 import s3_client
 from pipeline.settings import StoreSettings
 from pipeline.stored import (
     RECORD,
@@ -104,22 +103,8 @@ class S3Store:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._link_seconds = settings.link_seconds
         self._attempts = settings.attempts
-        config = Config(
-            signature_version="s3v4",
-            s3={"addressing_style": "path" if settings.path_style else "virtual"},
-            connect_timeout=settings.connect_seconds,
-            read_timeout=settings.read_seconds,
-            retries={"mode": "standard", "total_max_attempts": settings.attempts},
-        )
-        place = {"region_name": settings.region, "endpoint_url": settings.endpoint_url}
-        try:
-            with self._faults():
-                # A session of its own: boto3's default one is not safe to make from several threads.
-                self._client = boto3.session.Session().client("s3", config=config, **place)
-        except ValueError as error:
-            raise StoreMisconfigured(
-                "PULID_STORE__ENDPOINT_URL is no address; write it as https://host:port."
-            ) from error
+        with self._faults():
+            self._client = s3_client(settings)
 
     def check(self) -> None:
         """Write, overwrite conditionally and read, as every save will; raises StoreError.

@@ -111,7 +111,8 @@ class WeightFiles:
         spec = self.spec(role)
         folder = self.root / spec.folder
         if self._is_given(role) and self.flux_file is not None:
-            paths = below(self.flux_file) or [self.flux_file]
+            part = self.flux_file / "transformer"  # a whole pipeline's folder: nothing else of it is read
+            paths = below(part if part.is_dir() else self.flux_file) or [self.flux_file]
         elif spec.files:
             return {folder / file.name: file for file in spec.files}
         else:

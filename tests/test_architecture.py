@@ -12,7 +12,7 @@ PACKAGES = ("pipeline", "deployments", "cluster", "bench")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # A module in pipeline/ imports only from those above it.
 ORDER = [
-    *("errors", "settings", "trace", "request", "network", "fetch", "photos", "presets", "download", "manifest"),
+    *("errors", "settings", "trace", "request", "network", "s3", "fetch", "photos", "presets", "download", "manifest"),
     *("weights", "models", "miniature", "checkpoints", "faces", "identity", "text", "denoise"),
     *("stored", "store_s3", "store", "flow"),
 ]

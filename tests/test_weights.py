@@ -216,6 +216,10 @@ def test_a_flux_file_of_ones_own(settings, shelf, tmp_path):
     settings = settings.model_copy(update={"flux_file": own.parent})
     assert locate(settings, PRESET).path("flux") == own.parent
     assert locate(settings, PRESET).hashes("flux") == {"flux/f.sft": "unverified"}
+    for other in ("vae/v.sft", "transformer/t.sft", "transformer/.cache/note"):  # a whole pipeline's folder
+        (own.parent / other).parent.mkdir(exist_ok=True)
+        (own.parent / other).touch()
+    assert locate(settings, PRESET).hashes("flux") == {"flux/transformer/t.sft": "unverified"}
     with pytest.raises(WeightsMissing, match="PULID_FLUX_FILE"):
         locate(settings.model_copy(update={"flux_file": tmp_path / "no"}), PRESET).path("flux")
 
