@@ -136,6 +136,10 @@ def stalls(call: Call) -> None:
     call.handler.server.closing.wait()
 
 
+def hangs_up(call: Call) -> None:
+    """The connection breaks before anything is carried out, as when the server goes down."""
+
+
 def loses_the_answer(call: Call) -> None:
     """The call is carried out, and the connection breaks before its answer."""
     call.upstream()

@@ -133,11 +133,14 @@ def test_a_read_only_photo_array_is_no_obstacle(client):
         (s3.refuses(404, "NoSuchBucket"), "store_misconfigured"),
         (s3.refuses(403, "AccessDenied"), "store_misconfigured"),
         (s3.slow_down, "store_unavailable"),
+        (s3.hangs_up, "store_unavailable"),
     ],
-    ids=["expired", "no bucket", "denied", "overloaded"],
+    ids=["expired", "no bucket", "denied", "overloaded", "down"],
 )
 def test_a_store_that_refuses(client, bucket, fault, code):
-    """Expired credentials, a missing bucket and an overloaded server are a 5xx with an id; then all is as before."""
+    """Expired credentials, a missing bucket, an overloaded server and one that is down are a 5xx with an id; afterwards
+    all is as before.
+    """
     bucket.faults.extend([fault] * 2)
     answer = client.post("/v1/images", json=BODIES["nobody"])
     assert (answer.status_code, answer.json()["code"]) == (503 if code == "store_unavailable" else 500, code)
