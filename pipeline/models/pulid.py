@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 
-class PulidCrossAttention(nn.Module):
-    """One cross-attention from FLUX's image tokens to identity tokens (official name: PerceiverAttentionCA)."""
+class Attention(nn.Module):
+    """The weights of one attention from tokens of width `dim` to others of width `kv_dim`, under the official keys."""
 
-    def __init__(self, dim: int = 3072, dim_head: int = 128, heads: int = 16, kv_dim: int = 2048) -> None:
+    def __init__(self, dim: int, dim_head: int, heads: int, kv_dim: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(kv_dim)
@@ -23,6 +23,13 @@ class PulidCrossAttention(nn.Module):
         self.to_kv = nn.Linear(kv_dim, 2 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
+
+class PulidCrossAttention(Attention):
+    """One cross-attention from FLUX's image tokens to identity tokens (official name: PerceiverAttentionCA)."""
+
+    def __init__(self, dim: int = 3072, dim_head: int = 128, heads: int = 16, kv_dim: int = 2048) -> None:
+        super().__init__(dim, dim_head, heads, kv_dim)
+
     def forward(self, id_tokens: Tensor, image_tokens: Tensor) -> Tensor:
         """Identity tokens (B or 1, T, kv_dim) and image tokens (B, N, dim) -> what to add to the image (B, N, dim)."""
         query = self.to_q(self.norm2(image_tokens))  # (B, N, heads * dim_head)
@@ -30,17 +37,11 @@ class PulidCrossAttention(nn.Module):
         return self.to_out(attention(query, key, value, self.heads))  # type: ignore[no-any-return]
 
 
-class PerceiverAttention(nn.Module):
+class PerceiverAttention(Attention):
     """Latents attend to a context and to themselves."""
 
     def __init__(self, dim: int, dim_head: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        super().__init__(dim, dim_head, heads, kv_dim=dim)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         """Context (B, C, dim) and latents (B, L, dim) -> (B, L, dim)."""
