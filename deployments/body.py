@@ -93,6 +93,8 @@ def _invalid(error: ValidationError) -> InvalidRequest:
     for detail in error.errors(include_url=False, include_context=False, include_input=False)[:1000]:
         problems = found.setdefault(_field(detail["loc"]), [])
         problem = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            problem = "there is no such field; remove it or correct its name"
         if problem not in problems:
             problems.append(problem)
     fields = tuple((field, " or ".join(problems)) for field, problems in found.items())[:MAX_FIELD_ERRORS]

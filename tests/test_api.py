@@ -170,6 +170,7 @@ def test_every_wrong_field_is_named_and_nothing_is_repeated(post):
     fields = {error["field"] for error in assert_problem(response, 422, "invalid_request")["errors"]}
     assert fields == {"prompt", "num_steps", "(body)", "people[0].face", "people[0].id_weight"}
     assert SECRET not in response.text
+    assert "there is no such field" in response.text
 
 
 @pytest.mark.parametrize(
