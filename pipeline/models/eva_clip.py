@@ -11,9 +11,11 @@ import torch
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pipeline.models.face_features import IMAGE_SIZE, face_features
+from pipeline.models.face_features import face_features
+from pipeline.models.sizes import IMAGE_SIZE, PATCH_SIZE
 
 __all__ = ["EvaClip", "face_features"]
+FIRST_SIZE = 224  # of the pictures that the tower was first trained on: positions are interpolated
 
 
 class EvaClip(nn.Module):
@@ -26,12 +28,13 @@ class EvaClip(nn.Module):
         heads: int = 16,
         output_dim: int = 768,
         taps: Sequence[int] = (4, 8, 12, 16, 20),
+        patch_size: int = PATCH_SIZE,
     ) -> None:
         super().__init__()
         self.taps = tuple(taps)
         self.trunk = Eva(
             img_size=IMAGE_SIZE,
-            patch_size=14,
+            patch_size=patch_size,
             num_classes=output_dim,
             global_pool="token",
             embed_dim=width,
@@ -43,7 +46,7 @@ class EvaClip(nn.Module):
             scale_mlp=True,
             scale_attn_inner=True,
             use_rot_pos_emb=True,
-            ref_feat_shape=(16, 16),  # the grid it was first trained on, 224 / 14: positions are interpolated
+            ref_feat_shape=(FIRST_SIZE // patch_size,) * 2,
         )
 
     @classmethod
@@ -66,7 +69,7 @@ class EvaClip(nn.Module):
         """Normalised pictures (B, 3, 336, 336) -> pooled (B, output_dim), not normalised, and the hidden states.
 
         Hidden state i is the residual stream that enters block taps[i], without a norm, class token first:
-        (B, 577, width).
+        (B, 577, width), or with another patch size as many tokens as Sizes.face_tokens says.
         """
         outputs = [tap - 1 for tap in self.taps]  # what enters a block is what left the one before
         final, states = self.trunk.forward_intermediates(

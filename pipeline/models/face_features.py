@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-IMAGE_SIZE = 336
+from pipeline.models.sizes import IMAGE_SIZE
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
 # BiSeNet's labels that are not the face: background, ears, earring, neck, necklace, cloth, hat

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from pipeline.models.pulid import PulidCrossAttention
 
-DOUBLE_INTERVAL, SINGLE_INTERVAL = 2, 4
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IdentityRows:
@@ -69,20 +67,30 @@ class IdentityBlock(nn.Module):
 
 
 class IdentityFlux(nn.Module):
-    """FLUX with identities: predicts one step for rows that each have their own time, guidance, text and people."""
+    """FLUX with identities: predicts one step for rows that each have their own time, guidance, text and people.
 
-    def __init__(self, transformer: FluxTransformer2DModel, cross_attentions: Sequence[PulidCrossAttention]) -> None:
+    A cross-attention follows every `double_interval`th double block and every `single_interval`th single block, from
+    the first on.
+    """
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        cross_attentions: Sequence[PulidCrossAttention],
+        double_interval: int = 2,
+        single_interval: int = 4,
+    ) -> None:
         super().__init__()
         doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-        wanted = math.ceil(doubles / DOUBLE_INTERVAL) + math.ceil(singles / SINGLE_INTERVAL)
+        wanted = math.ceil(doubles / double_interval) + math.ceil(singles / single_interval)
         if len(cross_attentions) != wanted:
             raise ValueError(f"{doubles} double and {singles} single blocks take {wanted} cross-attentions")
         remaining = iter(cross_attentions)
         view = copy.copy(transformer)
         # The copy's own register of submodules: replacing blocks in it leaves the original's alone.
         view._modules = dict(transformer._modules)
-        view.transformer_blocks = _wrap(transformer.transformer_blocks, DOUBLE_INTERVAL, remaining)
-        view.single_transformer_blocks = _wrap(transformer.single_transformer_blocks, SINGLE_INTERVAL, remaining)
+        view.transformer_blocks = _wrap(transformer.transformer_blocks, double_interval, remaining)
+        view.single_transformer_blocks = _wrap(transformer.single_transformer_blocks, single_interval, remaining)
         self.transformer = view
 
     def forward(  # noqa: PLR0913 - the inputs of one step, each under its own name
