@@ -201,8 +201,9 @@ def _settings(**overrides: Any) -> Settings:
     # Replicas have working directories of their own.
     kind, _, path = settings.store.url.partition("://")
     url = f"file://{os.path.abspath(os.path.expanduser(path))}" if kind == "file" else settings.store.url
-    weights = settings.weights_dir.expanduser().absolute()
-    return settings.model_copy(update={"weights_dir": weights, "store": settings.store.model_copy(update={"url": url})})
+    paths = {name: getattr(settings, name) for name in ("weights_dir", "miniature_dir", "flux_file")}
+    here = {name: path and path.expanduser().absolute() for name, path in paths.items()}
+    return settings.model_copy(update={**here, "store": settings.store.model_copy(update={"url": url})})
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -64,10 +64,9 @@ def check(settings: Settings) -> None:
     from pipeline.store import open_store
 
     open_store(settings.store).check()
-    if settings.preset != "miniature":  # whose files are made at the first start
-        files = weights.locate(settings)
-        for spec in files.preset.specs:
-            files.path(spec.role)
+    files = weights.locate(settings)
+    for spec in files.preset.specs:
+        files.path(spec.role)
 
 
 def check_port(host: str, port: int) -> None:

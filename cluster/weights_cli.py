@@ -24,7 +24,7 @@ def list_files(preset: PresetOption = None) -> None:
     """Every file of a preset, its licence, and whether it is there."""
     settings = _settings(preset)
     row = PRESETS[settings.preset]
-    typer.echo(f"{row.name}: {row.description}. Files in {settings.weights_dir.expanduser() / row.folder}")
+    typer.echo(f"{row.name}: {row.description}. Files in {weights.locate(settings).root}")
     for line in table(_told(weights.findings(settings))):
         typer.echo(line)
 
@@ -44,8 +44,8 @@ def fetch(
     """Fetch the files of a preset that are not there yet; a transfer that broke off goes on where it stopped."""
     settings = _settings(preset)
     row = PRESETS[settings.preset]
-    if not any(spec.repository for spec in row.specs):
-        typer.echo(f"The preset {row.name} needs no download: its files are made by rule when it first runs.")
+    if row.shipped:
+        typer.echo(f"The preset {row.name} needs no download: its files come with this package.")
         return
     try:
         count = fetch_with_bar(
@@ -61,15 +61,13 @@ def verify(preset: PresetOption = None) -> None:
     """Read every file of a preset and compare it with its known sha256; exits with 1 if one is missing or damaged."""
     settings = _settings(preset)
     row = PRESETS[settings.preset]
-    if not any(spec.repository for spec in row.specs) and not (settings.weights_dir.expanduser() / row.folder).exists():
-        typer.echo(f"The files of the preset {row.name} are made by rule when it first runs.")
-        return
     bad = 0
     for finding in _told(weights.findings(settings, read=True)):
         typer.echo(f"{_word(finding):<22}{finding.file}")
         bad += finding.state in ("missing", "corrupt")
     if bad:
-        typer.echo(f"{bad} file(s) are missing or damaged; run `pulid weights fetch --preset {row.name}`.", err=True)
+        mend = "install this package anew" if row.shipped else f"run `pulid weights fetch --preset {row.name}`"
+        typer.echo(f"{bad} file(s) are missing or damaged; {mend}.", err=True)
         raise typer.Exit(1)
 
 

@@ -39,12 +39,13 @@ CLIP_VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 def files(settings: Settings) -> WeightFiles:
-    """The preset's model files; those of the miniature are made first. Raises WeightsMissing, WeightsCorrupt."""
-    if settings.preset == "miniature":
-        from pipeline.miniature.files import make
-
-        make(settings.weights_dir.expanduser() / "miniature")
+    """The preset's model files. Raises WeightsCorrupt (the manifest)."""
     return weights.locate(settings)
+
+
+def sizes(settings: Settings) -> Sizes:
+    """The sizes of the preset's identity networks."""
+    return MINIATURE if settings.preset == "miniature" else OFFICIAL
 
 
 def device(settings: Settings) -> torch.device:
@@ -129,7 +130,7 @@ def load_eva_clip(files: WeightFiles, settings: Settings) -> "EvaClip":
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise WeightsCorrupt("it does not hold tensors by name")
-        tower = EvaClip.from_state_dict(state, **_sizes(settings).eva_clip)
+        tower = EvaClip.from_state_dict(state, **sizes(settings).eva_clip)
     return _frozen(tower.to(device(settings), dtype(settings)))
 
 
@@ -140,7 +141,7 @@ def load_idformer(files: WeightFiles, settings: Settings) -> "IDFormer":
     path = _existing(files.path("pulid"))
     with _naming(path):
         state = _pulid(path, settings, "pulid_encoder.")
-        return _assign(lambda: IDFormer(**_sizes(settings).idformer), state, settings)
+        return _assign(lambda: IDFormer(**sizes(settings).idformer), state, settings)
 
 
 def load_cross_attentions(files: WeightFiles, settings: Settings) -> "list[PulidCrossAttention]":
@@ -156,8 +157,8 @@ def load_cross_attentions(files: WeightFiles, settings: Settings) -> "list[Pulid
         numbers = [str(number) for number in range(len(states))]
         if not states or set(numbers) != states.keys():
             raise WeightsCorrupt("its cross-attentions are not numbered from 0 without a gap")
-        sizes = _sizes(settings).cross_attention
-        return [_assign(lambda: PulidCrossAttention(**sizes), states[number], settings) for number in numbers]
+        size = sizes(settings).cross_attention
+        return [_assign(lambda: PulidCrossAttention(**size), states[number], settings) for number in numbers]
 
 
 def _pulid(path: Path, settings: Settings, module: str) -> State:
@@ -168,10 +169,6 @@ def _pulid(path: Path, settings: Settings, module: str) -> State:
     if strange:
         raise WeightsCorrupt(f"{len(strange)} of its tensors are unknown: {', '.join(strange[:3])}")
     return _read([path], settings, (module,))
-
-
-def _sizes(settings: Settings) -> Sizes:
-    return MINIATURE if settings.preset == "miniature" else OFFICIAL
 
 
 def _existing(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """FluxDenoiser: Request, Text, Identities -> Picture (FLUX loop, VAE)."""
 
 import io
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.models.flux import IdentityFlux, IdentityRows
 
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
-PIXELS_PER_TOKEN = 16  # an image token is 2x2 latents of 8x8 pixels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +89,7 @@ class FluxDenoiser:
         """`uncond`: the identity tokens of nobody (1, 32, 2048), a constant of the checkpoint."""
         self._flux = flux
         self._vae = vae
+        self._edge = pixels_per_token(vae)
         self._uncond = uncond
         self._models = dict(models)
         self._shift = shift
@@ -102,17 +103,18 @@ class FluxDenoiser:
         from pipeline.models.flux import IdentityFlux
         from pipeline.weights import PRESETS
 
-        files = checkpoints.files(settings)
+        files, sizes = checkpoints.files(settings), checkpoints.sizes(settings)
         with torch.inference_mode():
-            uncond = checkpoints.load_idformer(files, settings).unconditional()
+            uncond = checkpoints.load_idformer(files, settings).unconditional(sizes.face_tokens)
         preset, transformer = PRESETS[settings.preset], checkpoints.load_flux(files, settings)
         if bool(transformer.config.guidance_embeds) != preset.guidance:
             raise WeightsCorrupt(
                 f"{files.path('flux')} is not the FLUX of the preset {preset.name}: only dev models have a guidance "
                 "embedding, schnell has none; set PULID_PRESET to the preset that fits the file."
             )
+        attentions = checkpoints.load_cross_attentions(files, settings)
         try:
-            flux = IdentityFlux(transformer, checkpoints.load_cross_attentions(files, settings))
+            flux = IdentityFlux(transformer, attentions, sizes.double_interval, sizes.single_interval)
         except ValueError as error:
             raise WeightsCorrupt(f"{files.path('flux')} is no FLUX.1 that PuLID fits: {error}.") from error
         vae = checkpoints.load_vae(files, settings)
@@ -169,7 +171,7 @@ class FluxDenoiser:
 
         from pipeline.models.sampling import image_ids, schedule
 
-        rows, columns = _grid(request)
+        rows, columns = self._grid(request)
         guides = bool(self._flux.transformer.config.guidance_embeds)
         return Generation(
             times=schedule(request.num_steps, rows * columns, self._shift).to(self._uncond.device),
@@ -199,7 +201,7 @@ class FluxDenoiser:
         weight = torch.full((1, 1, 1), person.id_weight, device=device)
         mask = None
         if person.mask is not None:
-            grid = mask_grid(person.mask, *_grid(request), f"people[{index}].mask")
+            grid = mask_grid(person.mask, *self._grid(request), f"people[{index}].mask")
             mask = torch.from_numpy(grid).reshape(1, -1, 1).to(device)  # (1, N, 1)
         end = request.num_steps if person.end_step is None else person.end_step
         return Presence(
@@ -218,8 +220,9 @@ class FluxDenoiser:
     def _start(self, request: Request, seed: int) -> "Tensor":
         from pipeline.models.sampling import noise, pack
 
-        rows, columns = _grid(request)
-        return pack(noise(seed, 2 * rows, 2 * columns)).to(self._uncond.device)  # (1, N, 64) float32
+        rows, columns = self._grid(request)
+        latents = noise(seed, 2 * rows, 2 * columns, self._vae.config.latent_channels)
+        return pack(latents).to(self._uncond.device)  # (1, N, 64) float32
 
     def _step(self, generation: Generation, step: int, latents: "Tensor") -> "Tensor":
         from pipeline.models.sampling import euler_step
@@ -244,8 +247,8 @@ class FluxDenoiser:
 
         if not torch.isfinite(latents).all():
             raise PictureInvalid("The picture came out as numbers that are not finite; try another seed or dtype.")
-        config = self._vae.config
-        scaled = unpack(latents, *_grid(request)) / config.scaling_factor + config.shift_factor  # (1, 16, H/8, W/8)
+        config, (rows, columns) = self._vae.config, self._grid(request)
+        scaled = unpack(latents, rows, columns) / config.scaling_factor + config.shift_factor  # (1, 16, H/8, W/8)
         image = self._vae.decode(scaled.to(self._vae.dtype), return_dict=False)[0]  # (1, 3, H, W)
         if not torch.isfinite(image).all():
             raise PictureInvalid("The decoded picture holds numbers that are not finite; try another dtype.")
@@ -253,11 +256,18 @@ class FluxDenoiser:
         pixels: NDArray[np.uint8] = (127.5 * (image[0].float().clamp(-1, 1) + 1)).byte().permute(1, 2, 0).cpu().numpy()
         if not pixels.any():
             raise PictureInvalid("The picture came out black all over; try another seed or dtype.")
-        return pixels
+        # Where the grid is larger than the picture, the middle of it: there the model has put its subject.
+        top, left = (pixels.shape[0] - request.height) // 2, (pixels.shape[1] - request.width) // 2
+        return pixels[top : top + request.height, left : left + request.width]
+
+    def _grid(self, request: Request) -> tuple[int, int]:
+        """The rows and columns of image tokens that cover the picture."""
+        return math.ceil(request.height / self._edge), math.ceil(request.width / self._edge)
 
 
-def _grid(request: Request) -> tuple[int, int]:
-    return request.height // PIXELS_PER_TOKEN, request.width // PIXELS_PER_TOKEN
+def pixels_per_token(vae: "AutoencoderKL") -> int:
+    """The edge of an image token, which is 2 x 2 latents: 16 pixels with FLUX.1's autoencoder."""
+    return int(2 ** len(vae.config.block_out_channels))  # 2 * 2 ** (levels - 1)
 
 
 def encode(pixels: NDArray[np.uint8], output_format: str, quality: int) -> bytes:

@@ -184,29 +184,35 @@ class FaceDetector:
 
 
 def load_models(settings: Settings) -> FaceModels:
-    """The face networks of a preset; those of the miniature need no files. Raises WeightsError, SettingsInvalid."""
-    if settings.preset == "miniature":
-        from pipeline.miniature.faces import MODELS, CascadeFinder, CosineRecogniser, OvalParser
-
-        return FaceModels(CascadeFinder(), CosineRecogniser(), None, OvalParser(), MODELS)
+    """The face networks of a preset; raises WeightsError, SettingsInvalid."""
     from pipeline import checkpoints
 
-    return real_models(checkpoints.files(settings), str(checkpoints.device(settings)))
+    return read_models(
+        checkpoints.files(settings), checkpoints.sizes(settings).bisenet_width, str(checkpoints.device(settings))
+    )
 
 
-def real_models(files: "WeightFiles", device: str) -> FaceModels:
-    """insightface's and facexlib's networks, from files and never from the network; raises WeightsError."""
+def read_models(files: "WeightFiles", bisenet_width: int, device: str) -> FaceModels:
+    """insightface's and facexlib's networks, from files and never from the network; raises WeightsError.
+
+    A preset without RetinaFace has no aligner.
+    """
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     from insightface.model_zoo.scrfd import SCRFD
 
     from pipeline.models import detection
 
+    roles = [role for role in ("detector", "recogniser", "retinaface", "parsing") if files.has(role)]
+    aligner, parser = None, detection.build_bisenet(bisenet_width)
+    if "retinaface" in roles:
+        network = _torch(detection.build_retinaface(device), files.path("retinaface"), device)
+        aligner = detection.RetinaFaceFinder(network)
     return FaceModels(
         detection.ScrfdFinder(_onnx(SCRFD, 9, files.path("detector"), device)),
         detection.ArcFaceRecogniser(_onnx(ArcFaceONNX, 1, files.path("recogniser"), device)),
-        detection.RetinaFaceFinder(_torch(detection.build_retinaface(device), files.path("retinaface"), device)),
-        detection.BiSeNetParser(_torch(detection.build_bisenet(), files.path("parsing"), device)),
-        files.hashes("detector", "recogniser", "retinaface", "parsing"),
+        aligner,
+        detection.BiSeNetParser(_torch(parser, files.path("parsing"), device)),
+        files.hashes(*roles),
     )
 
 
@@ -229,11 +235,19 @@ def _torch(network: "nn.Module", path: Path, device: str) -> Any:
     import pickle
 
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
         # RetinaFace was saved from a DataParallel model, whose names have a prefix
         network.load_state_dict({name.removeprefix("module."): weight for name, weight in state.items()})
-    except (OSError, EOFError, RuntimeError, AttributeError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        *(SafetensorError, pickle.UnpicklingError),
+        *(OSError, EOFError, RuntimeError, AttributeError, ValueError),
+    ) as error:
         raise WeightsCorrupt(f"{path} does not hold the weights it should; fetch it again.") from error
     return network.to(device).eval().requires_grad_(False)

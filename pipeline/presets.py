@@ -2,7 +2,9 @@
 
 Folders are relative to the weights folder and the same for every preset, so presets share what they have in common:
 
-    antelopev2/  facexlib/  eva_clip/  pulid/  flux/  vae/  t5/  clip/  miniature/
+    antelopev2/  facexlib/  eva_clip/  pulid/  flux/  vae/  t5/  clip/
+
+The miniature has the same folders in a place of its own, inside this package.
 
 A sha256 or size is here only where a public source states it, named beside it; None means that we know of none. The
 first download is then trusted, and every later one is held to it (weights.py).
@@ -55,7 +57,7 @@ class ModelSpec:
     """The files of one role. One file: the role's path is that file; several, or a whole folder (): it is the folder.
 
     `revision` is a commit or branch on the hub, a release's tag on GitHub. `archive` is the second choice. Without a
-    repository nothing is fetched: the files are made here.
+    repository nothing is fetched: the files come with this package.
     """
 
     role: str
@@ -74,7 +76,7 @@ class Preset:
     """A set of models that work together, and what differs about its FLUX.
 
     `guidance`: the transformer has a guidance embedding. `shift`: its schedule is shifted with the picture's size.
-    `folder`: where its files are, below the weights folder.
+    `shipped`: its files come with this package.
     """
 
     name: PresetName
@@ -82,7 +84,7 @@ class Preset:
     specs: tuple[ModelSpec, ...]
     guidance: bool = True
     shift: bool = True
-    folder: str = "."
+    shipped: bool = False
 
 
 OURS = Licence("Apache-2.0", "LICENSE in this project", commercial=True)
@@ -259,28 +261,24 @@ CLIP = ModelSpec(
     "openai/clip-vit-large-patch14",
     "32bd64288804d66eefd0ccbe215aa642df71cc41",
 )
-FACES = (DETECTOR, RECOGNISER, RETINAFACE, PARSING)
-SHARED = (*FACES, EVA_CLIP, PULID, T5, CLIP)
-
-
-def _made_by_rule(role: str, name: str | None = None) -> ModelSpec:
-    return ModelSpec(role, role, () if name is None else (ModelFile(name),), OURS)
+SHARED = (DETECTOR, RECOGNISER, RETINAFACE, PARSING, EVA_CLIP, PULID, T5, CLIP)
+MINIATURE = (
+    ModelSpec("detector", "antelopev2", (ModelFile("scrfd_miniature.onnx"),), OURS),
+    ModelSpec("recogniser", "antelopev2", (ModelFile("arcface_miniature.onnx"),), OURS),
+    ModelSpec("parsing", "facexlib", (ModelFile("parsing_bisenet_miniature.safetensors"),), OURS),
+    ModelSpec("eva_clip", "eva_clip", (ModelFile("EVA02_CLIP_miniature.safetensors"),), OURS),
+    ModelSpec("pulid", "pulid", (ModelFile("pulid_flux_miniature.safetensors"),), OURS),
+    *(ModelSpec(role, role, (), OURS) for role in ("flux", "vae", "t5", "clip")),
+    # measures likeness in the evaluation; draws nothing
+    ModelSpec("judge", "judge", (ModelFile("recogniser.onnx"),), OURS),
+)
 
 
 # FLUX stands first: a refused gate then shows before the rest is fetched.
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset(
-            "miniature",
-            "the same classes, very small, with weights made by rule: for tests and the demo",
-            (
-                _made_by_rule("eva_clip", "EVA02_CLIP_miniature.pt"),
-                _made_by_rule("pulid", "pulid_flux_miniature.safetensors"),
-                *(_made_by_rule(role) for role in ("flux", "vae", "t5", "clip")),
-            ),
-            folder="miniature",
-        ),
+        Preset("miniature", "the same classes, very small, trained on drawn people", MINIATURE, shipped=True),
         Preset("flux-dev", "PuLID on FLUX.1 [dev]", (DEV, AUTOENCODER, *SHARED)),
         Preset(
             "flux-krea-dev",

@@ -70,6 +70,9 @@ class Settings(Group):
 
     preset: PresetName = Field("miniature", description="the set of models")
     weights_dir: Path = Field(Path("~/.cache/pulid-serve"), description="the folder of model files")
+    miniature_dir: Path | None = Field(
+        None, description="the miniature from here, freshly trained say; null: the one in this package"
+    )
     flux_file: Path | None = Field(
         None, description="FLUX from here: a diffusers folder, flux1-*.safetensors, or an fp8 single file"
     )

@@ -22,6 +22,8 @@ CLIP_LENGTH = 77
 class Text:
     """A prompt, for FLUX: tokens (L, 4096) float32 with L in 128, 256, 384, 512; pooled (768,) float32.
 
+    A T5 that reads fewer tokens than asked for (the miniature's reads 32) gives as many as it reads.
+
     truncated: the prompt had more than L tokens, and its end was not read.
     """
 
@@ -62,8 +64,8 @@ class TextEncoder:
         import torch
 
         started = time.perf_counter()
-        pieces, truncated = _pieces(self._t5_tokenizer, prompt, length)
-        words, _ = _pieces(self._clip_tokenizer, prompt, CLIP_LENGTH)
+        pieces, truncated = pieces(self._t5_tokenizer, prompt, min(length, self._t5_tokenizer.model_max_length))
+        words, _ = pieces(self._clip_tokenizer, prompt, CLIP_LENGTH)
         with torch.inference_mode():
             tokens = self._t5(torch.tensor([pieces], device=self._t5.device)).last_hidden_state[0]  # (L, 4096)
             pooled = self._clip(torch.tensor([words], device=self._clip.device)).pooler_output[0]  # (768,)
@@ -77,7 +79,7 @@ class TextEncoder:
         )
 
 
-def _pieces(tokenizer: Any, prompt: str, length: int) -> tuple[list[int], bool]:
+def pieces(tokenizer: Any, prompt: str, length: int) -> tuple[list[int], bool]:
     """Exactly `length` token ids that end, before any padding, with the end token; and whether some were dropped."""
     # Padded and cut here, not by the tokenizer: it keeps both lengths as a state of its Rust half, where two calls with
     # different lengths overwrite each other's (seen with transformers 5.23: one in eight calls of four threads).

@@ -2,7 +2,7 @@
 
 The table is presets.py; `manifest.json` beside the files is the memory of what was verified (manifest.py). A file whose
 sha256 the table does not know is trusted the first time it is fetched, and held to its manifest entry from then on.
-Where everything is there and verified, nothing connects and nothing is written.
+Where everything is there and verified, nothing connects and nothing is written. The miniature comes with this package.
 """
 
 import shutil
@@ -22,6 +22,7 @@ __all__ = ["PRESETS", "Archive", "Finding", "Licence", "ModelFile", "ModelSpec",
 __all__ += ["fetch", "findings", "locate", "verify", "write_manifest"]
 
 HUB = "https://huggingface.co"
+SHIPPED = Path(__file__).parent / "miniature" / "weights"
 UNVERIFIED = "unverified"
 SPARE = 100_000_000  # bytes that a fetch leaves free on the disk
 State = Literal["verified", "unverified", "missing", "corrupt"]
@@ -99,6 +100,10 @@ class WeightFiles:
                 found[self.name(path)] = entry.sha256 if entry else UNVERIFIED
         return found
 
+    def has(self, role: str) -> bool:
+        """Whether the preset has a model for a role at all."""
+        return any(spec.role == role for spec in self.preset.specs)
+
     def spec(self, role: str) -> ModelSpec:
         """The table's row. Raises WeightsMissing where the preset has none."""
         for spec in self.preset.specs:
@@ -108,8 +113,7 @@ class WeightFiles:
 
     def members(self, role: str) -> dict[Path, ModelFile]:
         """The files of a role, there or not, and what the table knows of each; a folder that is not there, itself."""
-        spec = self.spec(role)
-        folder = self.root / spec.folder
+        spec, folder = self.spec(role), self.root / self.spec(role).folder
         if self._is_given(role) and self.flux_file is not None:
             part = self.flux_file / "transformer"  # a whole pipeline's folder: nothing else of it is read
             paths = below(part if part.is_dir() else self.flux_file) or [self.flux_file]
@@ -132,8 +136,8 @@ class WeightFiles:
     def _mend(self, path: Path) -> str:
         if self.flux_file is not None and path.is_relative_to(self.flux_file):
             return "point PULID_FLUX_FILE at FLUX's file or folder"
-        if not any(spec.repository for spec in self.preset.specs):
-            return f"remove the folder {self.root}, and it is made anew at the next start"
+        if self.preset.shipped:
+            return "install this package anew, or point PULID_MINIATURE_DIR at a complete miniature"
         return f"run `pulid weights fetch --preset {self.preset.name}`"
 
 
@@ -141,7 +145,8 @@ def locate(settings: Settings, preset: Preset | None = None) -> WeightFiles:
     """The files of the preset that is set, looked up when they are asked for. Raises WeightsCorrupt (the manifest)."""
     preset = preset or PRESETS[settings.preset]
     flux_file = None if settings.flux_file is None else settings.flux_file.expanduser()
-    return WeightFiles(preset, Manifest.read(settings.weights_dir.expanduser() / preset.folder), flux_file)
+    folder = (settings.miniature_dir or SHIPPED) if preset.shipped else settings.weights_dir
+    return WeightFiles(preset, Manifest.read(folder.expanduser()), flux_file)
 
 
 def verify(settings: Settings, preset: Preset | None = None) -> list[Finding]:
@@ -152,6 +157,7 @@ def verify(settings: Settings, preset: Preset | None = None) -> list[Finding]:
 def findings(settings: Settings, preset: Preset | None = None, read: bool = False) -> Iterator[Finding]:
     """One finding per file. Without `read`, a file that did not change since it was verified counts as verified."""
     files = locate(settings, preset)
+    read = read or files.preset.shipped  # they are small, and a checkout gives them other times
     for spec in files.preset.specs:
         for path, file in files.members(spec.role).items():
             size = path.stat().st_size if path.is_file() else file.room

@@ -103,11 +103,12 @@ def retinaface_weights(score: float, edge: float) -> dict[str, torch.Tensor]:
     return {f"module.{name}": weight for name, weight in state.items()}
 
 
-def bisenet_weights(label: int) -> dict[str, torch.Tensor]:
+def bisenet_weights(label: int, width: int = 64) -> dict[str, torch.Tensor]:
     """State of facexlib's BiSeNet that sees this label everywhere."""
-    state = {name: _small(weight, 0) for name, weight in build_bisenet().state_dict().items()}
+    state = {name: _small(weight, 0) for name, weight in build_bisenet(width).state_dict().items()}
     state["conv_out.conv.bn.bias"] = _small(state["conv_out.conv.bn.bias"], 1)
-    state["conv_out.conv_out.weight"] = torch.eye(19)[label][:, None, None, None].expand(19, 256, 1, 1)
+    weight = state["conv_out.conv_out.weight"]
+    state["conv_out.conv_out.weight"] = torch.eye(19)[label][:, None, None, None].expand(weight.shape)
     return state
 
 

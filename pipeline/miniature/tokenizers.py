@@ -1,48 +1,66 @@
-"""The miniature's two tokenizers, built in code in the formats that T5Tokenizer and CLIPTokenizer load."""
+"""The miniature's two tokenizers, built in code in the formats that T5Tokenizer and CLIPTokenizer load.
 
+Both know the given words whole, one piece each, so that a prompt of the miniature's world fits into its 32 tokens;
+everything else is spelt out.
+"""
+
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# Whole words for the small T5, so that an ordinary prompt fits into 128 tokens; everything else is spelt out.
-WORDS = """
-a an and at by for from her his in is of on or the their to with without
-man woman person people boy girl child portrait photo picture painting drawing sketch face head hair eyes smile hat
-glasses beard dress suit coat shirt armor crown hand sitting standing walking holding sign looking laughing angry happy
-red orange yellow green blue purple pink brown black white gray gold silver dark light bright soft warm cold
-garden forest beach city street mountain sea sky night day sunset snow rain space room studio window background
-color colour cinematic realistic detailed cartoon anime comic ice stone wood paper glass water fire style quality
-bad worst text signature watermark extra limbs
-"""
+from pipeline.miniature.configs import TEXT_LENGTH
+
+CLIP_PARTS = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")  # how CLIPTokenizer cuts a text before it spells
 
 
-def t5_vocabulary() -> list[tuple[str, float]]:
+def t5_vocabulary(words: Iterable[str]) -> list[tuple[str, float]]:
     """Pieces and scores of a unigram model: T5's special tokens first, words, then every printable ASCII character.
 
     A word costs less than its letters together, whichever way it is cut; a character outside ASCII is `<unk>`.
     """
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]  # ids 0, 1, 2 as in T5; word start
-    words = [("\u2581" + word, -3.0) for word in WORDS.split()]
-    return [*special, *words, *((chr(code), -4.0) for code in range(33, 127))]
+    letters = [(chr(code), -4.0) for code in range(33, 127)]
+    return [*special, *(("\u2581" + word, -3.0) for word in sorted(set(words))), *letters]
 
 
-def clip_vocabulary() -> dict[str, int]:
-    """CLIP's byte alphabet, each byte inside and at the end of a word, then its two special tokens; no merges."""
+def clip_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's byte alphabet inside and at the end of a word, the pieces of the words, two special tokens; and merges."""
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces: Iterable[str] = [*alphabet, *(byte + "</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return {piece: index for index, piece in enumerate(pieces)}
+    merges = _merges(part for word in sorted(set(words)) for part in CLIP_PARTS.findall(word.lower()))
+    merged = dict.fromkeys(left + right for left, right in merges)
+    pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *merged, "<|startoftext|>", "<|endoftext|>"]
+    return {piece: index for index, piece in enumerate(pieces)}, merges
 
 
-def save_t5(folder: Path) -> None:
-    """Write the T5 tokenizer's files into a folder."""
+def _merges(parts: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges that make one piece of each part. Later ones never undo what earlier ones did: they have lower rank."""
+    ranks: dict[tuple[str, str], int] = {}
+    for part in parts:
+        pieces = [*part[:-1], part[-1] + "</w>"]
+        while len(pieces) > 1:
+            pairs = list(zip(pieces, pieces[1:], strict=False))
+            pair = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            ranks.setdefault(pair, len(ranks))
+            at = pairs.index(pair)
+            pieces[at : at + 2] = [pair[0] + pair[1]]
+    return list(ranks)
+
+
+def save_t5(folder: Path, words: Iterable[str]) -> int:
+    """Write the T5 tokenizer's files into a folder; returns how many pieces it has."""
     from transformers import T5Tokenizer
 
-    T5Tokenizer(vocab=t5_vocabulary(), extra_ids=0).save_pretrained(folder)
+    vocabulary = t5_vocabulary(words)
+    T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH).save_pretrained(folder)
+    return len(vocabulary)
 
 
-def save_clip(folder: Path) -> None:
-    """Write the CLIP tokenizer's files into a folder."""
+def save_clip(folder: Path, words: Iterable[str]) -> int:
+    """Write the CLIP tokenizer's files into a folder; returns how many pieces it has, start and end the last two."""
     from transformers import CLIPTokenizer
 
-    CLIPTokenizer(vocab=clip_vocabulary(), merges=[]).save_pretrained(folder)
+    vocabulary, merges = clip_vocabulary(words)
+    CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77).save_pretrained(folder)
+    return len(vocabulary)
