@@ -30,6 +30,7 @@ SCRFD_THRESHOLD = 0.5
 RETINAFACE_THRESHOLD = 0.97
 SAME_FACE = 0.4  # overlap from which two detectors mean the same face
 PARSER_CLASSES = 19  # CelebAMask-HQ's
+OFFICIAL_WIDTH = 64  # BiSeNet's
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -166,8 +167,39 @@ def build_retinaface(device: str) -> "RetinaFace":
         return RetinaFace(network_name="resnet50", device=device)
 
 
-def build_bisenet() -> "BiSeNet":
-    """BiSeNet without weights; facexlib's own helper would download them."""
+def build_bisenet(width: int = OFFICIAL_WIDTH) -> "BiSeNet":
+    """BiSeNet without weights; facexlib's own helper would download them.
+
+    width: the channels of its first layer, of which all others are multiples; 64 is the official network. A slimmer one
+    has the same layers under the same names, made of facexlib's own classes.
+    """
     from facexlib.parsing.bisenet import BiSeNet
 
-    return BiSeNet(num_class=PARSER_CLASSES)
+    network = BiSeNet(num_class=PARSER_CLASSES)
+    return network if width == OFFICIAL_WIDTH else _slim(network, width)
+
+
+def _slim(network: "BiSeNet", width: int) -> "BiSeNet":
+    """The network with each of its parts replaced by a slimmer instance of the same class."""
+    from facexlib.parsing import bisenet
+    from facexlib.parsing.resnet import create_layer_basic
+    from torch import nn
+
+    one, two, four, eight = (width * times for times in (1, 2, 4, 8))
+    trunk, context = network.cp.resnet, network.cp
+    trunk.conv1 = nn.Conv2d(3, one, kernel_size=7, stride=2, padding=3, bias=False)
+    trunk.bn1 = nn.BatchNorm2d(one)
+    trunk.layer1 = create_layer_basic(one, one, bnum=2, stride=1)
+    trunk.layer2 = create_layer_basic(one, two, bnum=2, stride=2)
+    trunk.layer3 = create_layer_basic(two, four, bnum=2, stride=2)
+    trunk.layer4 = create_layer_basic(four, eight, bnum=2, stride=2)
+    context.arm16 = bisenet.AttentionRefinementModule(four, two)
+    context.arm32 = bisenet.AttentionRefinementModule(eight, two)
+    context.conv_head32 = bisenet.ConvBNReLU(two, two, ks=3, stride=1, padding=1)
+    context.conv_head16 = bisenet.ConvBNReLU(two, two, ks=3, stride=1, padding=1)
+    context.conv_avg = bisenet.ConvBNReLU(eight, two, ks=1, stride=1, padding=0)
+    network.ffm = bisenet.FeatureFusionModule(four, four)
+    network.conv_out = bisenet.BiSeNetOutput(four, four, PARSER_CLASSES)
+    network.conv_out16 = bisenet.BiSeNetOutput(two, one, PARSER_CLASSES)
+    network.conv_out32 = bisenet.BiSeNetOutput(two, one, PARSER_CLASSES)
+    return network
