@@ -36,12 +36,14 @@ def draw_back(painter: Painter, person: Person, head: Head, scene: Scene) -> Non
     elif person.hair_style == "curly":
         shape = _curls(((0, -72), (38, -66), (66, -40), (74, -8), (76, 24), (70, 54), (52, 74)), 17, wide)
     elif person.hair_style == "afro":
-        shape = _curls(((0, -76), (34, -72), (62, -52), (76, -22), (74, 8), (60, 26)), 15, wide)
+        shape = _curls(((0, -85), (46, -78), (78, -46), (84, -8), (74, 26), (50, 46)), 10, wide)
     if shape is not None:
-        painter.fill(_pressed(shape, scene, wide), person.hair, HAIR, _tint(0.74))
+        painter.fill(
+            _pressed(shape, scene, wide), person.hair, HAIR, _tint(0.9 if person.hair_style == "afro" else 0.76)
+        )
     if person.hair_style == "buns":
         for side in (-1, 1):
-            painter.fill(ellipse(side * (wide + 4), -52, 21, 20), person.hair, HAIR, _bun_tint(side * (wide + 4)))
+            painter.fill(ellipse(side * (wide + 9), -54, 25, 24), person.hair, HAIR, _bun_tint(side * (wide + 9)))
 
 
 def draw_front(painter: Painter, person: Person, head: Head, scene: Scene) -> None:
@@ -56,10 +58,10 @@ def draw_front(painter: Painter, person: Person, head: Head, scene: Scene) -> No
     if style == "long":
         for side in (-1, 1):
             lock = smooth(
-                ((wide - 12, -30), (wide + 10, -34), (wide + 18, 20), (wide + 22, 90), (wide + 12, 130))
-                + ((wide - 12, 126), (wide - 4, 80), (wide + 1, 20))
+                ((wide - 10, -24), (wide + 11, -30), (wide + 17, 20), (wide + 22, 80), (wide + 16, 122), (wide, 134))
+                + ((wide - 16, 124), (wide - 8, 84), (wide - 3, 30))
             )
-            painter.fill(lock * (side, 1), person.hair, HAIR, _tint(0.94))
+            painter.fill(lock * (side, 1), person.hair, HAIR, _tint(1.0))
 
 
 def _cap(style: str, wide: float) -> Points:
@@ -101,7 +103,7 @@ def _mohawk(painter: Painter, person: Person, head: Head, scene: Scene) -> None:
     )
     painter.fill(sides, shaved, HAIR, _tint(1.0))
     if scene.hat == "none":
-        crest = mirrored(((0, -93), (12, -91), (22, -80), (20, -60), (13, -42), (0, -36)))
+        crest = mirrored(((0, -92), (16, -92), (29, -84), (25, -62), (15, -42), (0, -35)))
         painter.fill(crest, person.hair, HAIR, _tint(1.0))
 
 
@@ -118,13 +120,15 @@ def _curls(path: tuple[tuple[float, float], ...], size: float, wide: float) -> P
 
 
 def _pressed(shape: Points, scene: Scene, wide: float) -> Points:
-    """Hair as a hat leaves it: flat on top and no wider than the hat above its rim."""
-    if scene.hat == "none":
+    """Hair as a hat leaves it: within the hat's dome above its rim."""
+    if scene.hat in ("none", "party hat"):  # that one sits on top of the hair
         return shape
     pressed = shape.copy()
     pressed[:, 1] = np.maximum(pressed[:, 1], _PRESSED)
-    above = pressed[:, 1] < HAT_LINE
-    pressed[above, 0] = np.clip(pressed[above, 0], -wide - 2, wide + 2)
+    rise = np.clip((HAT_LINE - pressed[:, 1]) / (HAT_LINE - _PRESSED), 0, 1)
+    inside = (wide - 4) * np.sqrt(1 - 0.8 * rise**2)
+    above = rise > 0
+    pressed[above, 0] = np.clip(pressed[above, 0], -inside[above], inside[above])
     return pressed
 
 

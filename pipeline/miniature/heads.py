@@ -18,6 +18,7 @@ FOREHEAD = -50.0  # where the face's box begins
 _IRIS = {"brown": (110, 62, 30), "blue": (50, 120, 205), "green": (50, 140, 78), "amber": (196, 132, 30)}
 _FRAMES = {"black": (34, 32, 38), "red": (206, 40, 48), "blue": (40, 86, 196)}
 _JEWELS = {"gold": (250, 200, 60), "turquoise": (40, 196, 190)}
+_NECK_LIGHT = 0.8  # of the skin, where nothing is shaded
 _WHITE = np.array((250, 250, 248), np.float64)
 _DARK = np.array((40, 28, 30), np.float64)
 
@@ -56,9 +57,9 @@ class Head:
 def head_of(person: Person, scene: Scene) -> Head:
     """The measures of a person's head in a scene."""
     traits, expression = person.traits, scene.expression
-    wide = 55.5 + 4.5 * traits["face_width"]
-    jaw = wide * (0.76 + 0.11 * traits["jaw"])
-    chin = 18 + 7 * traits["jaw"]
+    wide = 56.5 + 4.5 * traits["face_width"]
+    jaw = wide * (0.79 + 0.1 * traits["jaw"])
+    chin = 22 + 6 * traits["jaw"]
     outline = mirrored(
         ((0, -68), (0.58 * wide, -60), (0.92 * wide, -34), (wide, 0), (0.97 * wide, 26), (jaw, 56), (chin, CHIN - 6))
         + ((0, CHIN),)
@@ -70,8 +71,8 @@ def head_of(person: Person, scene: Scene) -> Head:
         half_width=wide,
         outline=outline,
         eye_x=27.5 + 1.7 * traits["eye_spacing"],
-        eye_wide=13 + 1.6 * traits["eye_size"],
-        eye_high=(9 + 2.2 * traits["eye_size"]) * opened,
+        eye_wide=14 + 1.6 * traits["eye_size"],
+        eye_high=(10.2 + 2.2 * traits["eye_size"]) * opened,
         nose_wide=11 + 3.5 * traits["nose_size"],
         nose_y=31 + 1.5 * traits["nose_size"],
         mouth_wide=(21 + 4 * traits["mouth_width"]) * stretched,
@@ -88,9 +89,9 @@ def draw_neck(painter: Painter, person: Person, head: Head) -> None:
     )
 
     def tint(u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
-        return (0.92 - 0.26 * bump(u, v, 0, CHIN - 8, 60, 22))[..., None]
+        return ((0.94 - 0.26 * bump(u, v, 0, CHIN - 4, 60, 20)) / _NECK_LIGHT)[..., None]
 
-    painter.fill(neck, person.skin * 0.9, NECK, lambda u, v: tint(u, v) / 0.9)
+    painter.fill(neck, person.skin * _NECK_LIGHT, NECK, tint)
 
 
 def draw_face(painter: Painter, person: Person, head: Head, covered: bool) -> None:
@@ -106,6 +107,11 @@ def draw_face(painter: Painter, person: Person, head: Head, covered: bool) -> No
         light -= 0.1 * bump(u, v, 0, CHIN + 6, 70, 20)
         if covered:
             light -= 0.16 * bump(u, v, 0, -54, 80, 17)
+        x, y = 1.8 * head.turn, head.nose_y
+        light += 0.1 * bump(u, v, x - 2, y - 2, 0.6 * head.nose_wide, 9) + 0.05 * bump(u, v, x - 2, 8, 5, 16)
+        light -= 0.1 * bump(u, v, x + head.nose_wide, y - 3, 7, 16)
+        if person.hair_style == "bald" and not covered:
+            light += 0.12 * bump(u, v, -20, -50, 18, 10)
         blush = sum(bump(u, v, side * 33 + head.turn, 32, 15, 11) for side in (-1, 1))
         return light[..., None] * (1 - blush[..., None] * np.array((-0.02, 0.13, 0.09), np.float32))
 
@@ -160,13 +166,13 @@ def _eye(painter: Painter, person: Person, head: Head, expression: str, side: in
     ) * (side, 1)
     white = smooth(rim + (x, 0))
     painter.fill(white, _WHITE, LEFT_EYE if side < 0 else RIGHT_EYE, line=False)
-    radius = 0.92 * (8 + 1.2 * person.traits["eye_size"])
+    radius = 0.95 * (8.6 + 1.3 * person.traits["eye_size"])
     iris = ellipse(x, 0, radius, radius)
     iris[:, 1] = np.clip(iris[:, 1], -0.92 * high, 0.8 * high)
     painter.fill(iris, _IRIS[person.eye_colour], line=False)
     pupil = ellipse(x, 0, 0.48 * radius, 0.48 * radius)
     painter.fill(pupil, _DARK * 0.6, line=False)
-    painter.fill(ellipse(x - 2.6, -2.8, 2.2, 2.2), (255, 255, 255), line=False)
+    painter.fill(ellipse(x - 2.8, -3, 2.5, 2.5), (255, 255, 255), line=False)
     lid = smooth(rim[:5] + (x, 0), closed=False)
     painter.stroke(lid, 2.8, 0.25 * person.skin + 0.5 * _DARK)
 
@@ -183,21 +189,11 @@ def _brow(painter: Painter, person: Person, head: Head, expression: str, side: i
 
 
 def _nose(painter: Painter, person: Person, head: Head) -> None:
-    skin, x, wide, y = person.skin.astype(np.float64), 1.8 * head.turn, head.nose_wide, head.nose_y
-    bridge = np.array(((x - 4, -2), (x + 4, -2), (x + wide, y + 3), (x, y + 8), (x - wide, y + 3)))
-    painter.fill(smooth(bridge), skin, NOSE, _nose_tint(x, y, wide), line=False)
-    wings = smooth(
-        ((x - wide, y + 1), (x - 0.6 * wide, y + 7), (x, y + 8.5), (x + 0.6 * wide, y + 7), (x + wide, y + 1)), False
-    )
-    painter.stroke(wings, 2.4, skin * (0.68, 0.6, 0.58))
-
-
-def _nose_tint(x: float, y: float, wide: float):  # type: ignore[no-untyped-def]
-    def tint(u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
-        light = 0.97 + 0.12 * bump(u, v, x - 2, y - 2, wide * 0.7, 9) - 0.08 * bump(u, v, x + wide, y, wide * 0.7, 14)
-        return light[..., None] * np.array((1.0, 0.96, 0.95), np.float32)
-
-    return tint
+    x, wide, y = 1.8 * head.turn, head.nose_wide, head.nose_y
+    painter.mark(mirrored(((0, -4), (5, 0), (wide, y), (0.7 * wide, y + 7), (0, y + 9))) + (x, 0), NOSE)
+    half = ((wide, y - 2), (wide + 0.5, y + 4), (0.6 * wide, y + 6), (0.3 * wide, y + 7.5), (0, y + 8.5))
+    wings = smooth([(-u, v) for u, v in half[:-1]] + list(half[::-1]), closed=False) + (x, 0)
+    painter.stroke(wings, 2.6, person.skin * (0.7, 0.61, 0.58))
 
 
 def _mouth(painter: Painter, person: Person, head: Head, expression: str) -> None:

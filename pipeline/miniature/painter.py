@@ -54,7 +54,7 @@ class Painter:
             ink = 0.6 * _LINE + 0.2 * np.clip(rgb, 0, 255)
             cv2.polylines(self._canvas, [corners], True, _whole(ink), self._thickness, cv2.LINE_AA, _FRACTION)
         if label is not None:
-            cv2.fillPoly(self.labels, [_fixed(self._transformed(shape, self.frame))], label, cv2.LINE_8, _FRACTION)
+            self.mark(shape, label)
 
     def stroke(self, path: Points, width: float, colour: ArrayLike, label: int | None = None) -> None:
         """A line of some width along a path (n, 2), with round ends."""
@@ -66,6 +66,10 @@ class Painter:
         if label is not None:
             flat = _fixed(self._transformed(path, self.frame))
             cv2.polylines(self.labels, [flat], False, label, max(1, round(thick)), cv2.LINE_8, _FRACTION)
+
+    def mark(self, shape: Points, label: int) -> None:
+        """Label a polygon without drawing it."""
+        cv2.fillPoly(self.labels, [_fixed(self._transformed(shape, self.frame))], label, cv2.LINE_8, _FRACTION)
 
     def picture(self) -> NDArray[np.uint8]:
         """The canvas at the picture's size."""

@@ -40,7 +40,7 @@ EXPRESSIONS: Mapping[str, float] = {"neutral": 0.4, "smiling": 0.3, "surprised":
 LIGHTS: Mapping[str, float] = {"soft": 0.6, "warm": 0.2, "dim": 0.2}
 STYLES: Mapping[str, float] = {"drawing": 0.6, "sketch": 0.2, "poster": 0.2}
 
-MOST_SHIFT = 0.07  # of the picture's side
+SHIFTS = {"x": (-0.07, 0.07), "y": (-0.045, 0.06)}  # of the picture's side; a hat stays inside the picture
 SCALES = (0.88, 1.08)
 MOST_TILT = 7.0  # degrees
 MOST_TOKENS = 26  # words and commas of a prompt
@@ -210,7 +210,8 @@ def _scene(seed: int, held_out: bool, fixed: Mapping[str, object]) -> Scene:
     values: dict[str, object] = {"background": background, "hat": hat, "clothes": clothes}
     for attribute, names in (("expression", EXPRESSIONS), ("light", LIGHTS), ("style", STYLES)):
         values[attribute] = str(random.choice(list(names), p=list(names.values())))
-    values["x"], values["y"] = (float(v) for v in random.uniform(-MOST_SHIFT, MOST_SHIFT, 2))
+    for axis, (least, most) in SHIFTS.items():
+        values[axis] = float(random.uniform(least, most))
     values["scale"] = float(random.uniform(*SCALES))
     values["tilt"] = float(random.uniform(-MOST_TILT, MOST_TILT))
     values["turn"] = float(random.uniform(-1, 1))

@@ -113,11 +113,11 @@ def _dome(wide: float, bottom: float, top: float) -> Points:
 
 def _beanie(painter: Painter, wide: float) -> None:
     red = np.array((214, 44, 48), np.float64)
-    painter.fill(ellipse(0, -83, 11, 10), (250, 240, 232), HAT)
-    painter.fill(_dome(wide + 3, -40, -82), red, HAT, _round_tint)
-    w = wide + 6
-    band = smooth(((-w, -48), (0, -45), (w, -48), (w + 1, -32), (0, -28), (-w - 1, -32)))
-    painter.fill(band, red * 0.78, HAT, _band_tint)
+    painter.fill(ellipse(0, -82, 12, 10), (250, 240, 232), HAT)
+    painter.fill(_dome(wide + 4, -34, -80), red, HAT, _round_tint)
+    w = wide + 4
+    band = ((0, -46), (0.8 * w, -49), (w + 1, -47), (w + 3, -38), (w + 1, -29), (0.8 * w, -29), (0, -27))
+    painter.fill(mirrored(band), red * 0.76, HAT, _band_tint)
 
 
 def _band_tint(u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -150,7 +150,7 @@ def _cone(painter: Painter, wide: float) -> None:
     painter.fill(cone, green, HAT, _round_tint)
     for x, y in ((-12, -52), (12, -50), (0, -68)):
         painter.fill(ellipse(x, y, 4.5, 4.5), (255, 226, 70), HAT, line=False)
-    painter.fill(ellipse(0, -86, 8, 7), (255, 226, 70), HAT)
+    painter.fill(ellipse(0, -85, 8, 7), (255, 226, 70), HAT)
 
 
 def _top_hat(painter: Painter, wide: float) -> None:

@@ -62,10 +62,11 @@ def _frame(scene: Scene, size: int) -> NDArray[np.float64]:
 
 def _lit(pixels: NDArray[np.uint8], scene: Scene) -> NDArray[np.uint8]:
     """The picture in its light and style: a curve for each channel."""
-    curve = np.arange(256, dtype=np.float64)[:, None] * np.array(_LIGHTS[scene.light])
+    curve = np.arange(256, dtype=np.float64)[:, None]
     if scene.style == "poster":
-        curve = 128 + 1.12 * (curve - 128)
+        curve = 128 + 1.06 * (curve - 128)
     elif scene.style == "sketch":
-        curve = 0.86 * curve + 0.14 * 250
+        curve = 0.88 * curve + 0.12 * 250
+    curve = curve * np.array(_LIGHTS[scene.light])
     table = np.clip(np.round(curve), 0, 255).astype(np.uint8)[None]  # (1, 256, 3)
     return np.asarray(cv2.LUT(pixels, table), np.uint8)
