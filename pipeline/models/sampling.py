@@ -21,9 +21,14 @@ def schedule(num_steps: int, tokens: int, shift: bool = True) -> Tensor:
     times = torch.linspace(1, 0, num_steps + 1)
     if not shift:
         return times
-    mu = BASE_SHIFT + (tokens - BASE_TOKENS) * (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
+    factor = math.exp(time_shift(tokens))
     # 1 / 0 is infinite, which gives the last time, 0, exactly
-    return math.exp(mu) / (math.exp(mu) + (1 / times - 1))
+    return factor / (factor + (1 / times - 1))
+
+
+def time_shift(tokens: int) -> float:
+    """How far flux-dev moves its times towards noise at this number of image tokens: what it adds to their logit."""
+    return BASE_SHIFT + (tokens - BASE_TOKENS) * (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
 
 
 def noise(seed: int, rows: int, columns: int, channels: int = 16) -> Tensor:
