@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from pipeline.download import place, sha256
+from pipeline.download import place
 from pipeline.errors import WeightsCorrupt
 
 FILE = "manifest.json"
@@ -65,17 +65,6 @@ class Manifest:
         part = self.root / f".{FILE}.{os.getpid()}"
         part.write_text(text + "\n")
         place(part, self.root / FILE)
-
-
-def write_manifest(folder: Path) -> None:
-    """Read every file below a folder and write its manifest.json; names that start with a dot stay out."""
-    manifest = Manifest(folder)
-    for path in below(folder):
-        if path != folder / FILE:
-            status = path.stat()
-            entry = Entry(sha256(path), status.st_size, status.st_mtime_ns)
-            manifest.entries[path.relative_to(folder).as_posix()] = entry
-    manifest.write()
 
 
 def below(path: Path) -> list[Path]:

@@ -64,10 +64,10 @@ class TextEncoder:
         import torch
 
         started = time.perf_counter()
-        pieces, truncated = pieces(self._t5_tokenizer, prompt, min(length, self._t5_tokenizer.model_max_length))
+        ids, truncated = pieces(self._t5_tokenizer, prompt, min(length, self._t5_tokenizer.model_max_length))
         words, _ = pieces(self._clip_tokenizer, prompt, CLIP_LENGTH)
         with torch.inference_mode():
-            tokens = self._t5(torch.tensor([pieces], device=self._t5.device)).last_hidden_state[0]  # (L, 4096)
+            tokens = self._t5(torch.tensor([ids], device=self._t5.device)).last_hidden_state[0]  # (L, 4096)
             pooled = self._clip(torch.tensor([words], device=self._clip.device)).pooler_output[0]  # (768,)
         if not (torch.isfinite(tokens).all() and torch.isfinite(pooled).all()):
             raise InternalError("The text encoder gave numbers that are not finite; set PULID_DTYPE to bfloat16.")

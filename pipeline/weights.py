@@ -14,12 +14,12 @@ from typing import Literal
 
 from pipeline.download import Downloader, Progress, Wanted, fetched, locked, place, sha256, unpack
 from pipeline.errors import LicenceNotAccepted, WeightsCorrupt, WeightsMissing
-from pipeline.manifest import Manifest, below, write_manifest
+from pipeline.manifest import Manifest, below
 from pipeline.presets import PRESETS, Archive, Host, Licence, ModelFile, ModelSpec, Preset
 from pipeline.settings import Settings
 
 __all__ = ["PRESETS", "Archive", "Finding", "Licence", "ModelFile", "ModelSpec", "Preset", "Source", "WeightFiles"]
-__all__ += ["fetch", "findings", "locate", "verify", "write_manifest"]
+__all__ += ["fetch", "findings", "locate", "verify"]
 
 HUB = "https://huggingface.co"
 SHIPPED = Path(__file__).parent / "miniature" / "weights"

@@ -18,6 +18,14 @@ def _add(cluster, **options):
                 raise
 
 
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """The folder of a complete miniature that nobody has trained (tests/untrained.py)."""
+    from tests.untrained import write
+
+    return write(tmp_path_factory.mktemp("untrained"))
+
+
 @pytest.fixture(scope="module")
 def ray_cluster():
     """Two local Ray nodes: one with only CPUs (label pool=cpu), one with a pretended GPU (label pool=gpu).

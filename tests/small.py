@@ -37,11 +37,11 @@ def cross_attentions() -> list[PulidCrossAttention]:
     return [module.requires_grad_(False) for module in modules]
 
 
-def vae() -> AutoencoderKL:
+def vae(levels: int = 4) -> AutoencoderKL:
     model = AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8, 8)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=2,
@@ -53,9 +53,9 @@ def vae() -> AutoencoderKL:
     return fill(model, "vae.").eval().requires_grad_(False)
 
 
-def denoiser(guidance_embeds: bool = True) -> FluxDenoiser:
+def denoiser(guidance_embeds: bool = True, levels: int = 4) -> FluxDenoiser:
     flux = IdentityFlux(transformer(guidance_embeds), cross_attentions())
-    return FluxDenoiser(flux, vae(), uncond(), {"flux": "00"})
+    return FluxDenoiser(flux, vae(levels), uncond(), {"flux": "00"})
 
 
 def uncond() -> torch.Tensor:

@@ -14,11 +14,11 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 ORDER = [
     *("errors", "settings", "trace", "request", "network", "s3", "fetch", "photos", "presets", "download", "manifest"),
     *("weights", "models", "miniature", "checkpoints", "faces", "identity", "text", "denoise"),
-    *("stored", "store_s3", "store", "flow"),
+    *("training", "evaluation", "stored", "store_s3", "store", "flow"),
 ]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "open_clip", "timm", "insightface", "onnxruntime"}
 HEAVY |= {"facexlib", "safetensors", "skimage"}
-MAY_COMPUTE = ("checkpoints", "faces", "identity", "text", "denoise", "models", "miniature", "training")
+MAY_COMPUTE = ("checkpoints", "faces", "identity", "text", "denoise", "models", "miniature", "training", "evaluation")
 
 
 def name(path: Path) -> str:

@@ -15,11 +15,13 @@ from torch.testing import assert_close
 
 from pipeline import checkpoints
 from pipeline.errors import SettingsInvalid, WeightsCorrupt, WeightsMissing
-from pipeline.miniature import files as miniature
+from pipeline.miniature import configs
+from pipeline.miniature.files import place
 from pipeline.models import single_file
 from pipeline.models.eva_clip import EvaClip
 from pipeline.models.sizes import MINIATURE
 from pipeline.settings import Settings
+from tests.untrained import CROSS_ATTENTIONS
 
 State = dict[str, Tensor]
 CPU = Settings(device="cpu")
@@ -72,6 +74,31 @@ OUTER_NAMES = MappingProxyType(
         "proj_out": "final_layer.linear",
         "norm_out.linear": "final_layer.adaLN_modulation.1",
     }
+)
+VAE = MappingProxyType(  # FLUX.1's own
+    {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "latent_channels": 16,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+)
+# open_clip's names of the tower's weights -> those of the original checkpoint
+EVA_CLIP_NAMES = (
+    ("visual.trunk.", "visual."),
+    (".attn.q_proj.bias", ".attn.q_bias"),
+    (".attn.v_proj.bias", ".attn.v_bias"),
+    (".attn.norm.", ".attn.inner_attn_ln."),
+    (".mlp.fc1_g.", ".mlp.w1."),
+    (".mlp.fc1_x.", ".mlp.w2."),
+    (".mlp.norm.", ".mlp.ffn_ln."),
+    (".mlp.fc2.", ".mlp.w3."),
 )
 FUSED = (
     (r"transformer_blocks.(\d+).attn.to_q.(.+)", ("to_q", "to_k", "to_v"), "double_blocks.{}.img_attn.qkv.{}"),
@@ -147,8 +174,7 @@ def small_flux(**changes: object) -> FluxTransformer2DModel:
 
 def small_vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    sizes = {**miniature.VAE, "block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "norm_num_groups": 32}
-    return AutoencoderKL(**sizes).eval()
+    return AutoencoderKL(**{**VAE, "block_out_channels": (32, 32, 64, 64)}).eval()
 
 
 def drawn(*shape: int) -> Tensor:
@@ -183,13 +209,6 @@ def write(state: State, path: Path) -> Path:
 
 def load_flux(path: Path) -> FluxTransformer2DModel:
     return checkpoints.load_flux(Files({"flux": path}), CPU)
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights") / "miniature"
-    miniature.make(folder)
-    return folder
 
 
 @pytest.mark.parametrize("shard", ["10GB", "500KB"])
@@ -362,9 +381,8 @@ def test_a_damaged_vae_is_refused(tmp_path: Path) -> None:
 
 def test_the_real_vae_has_the_real_size() -> None:
     """A file with FLUX's autoencoder's shapes gives its configuration: 83,819,683 parameters in 244 tensors."""
-    real = {**miniature.VAE, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
     with torch.device("meta"):
-        model = AutoencoderKL(**real)
+        model = AutoencoderKL(**VAE)
         config, converted = single_file.autoencoder(bfl_vae(model.state_dict()))
         rebuilt = AutoencoderKL.from_config(config)
     assert len(converted) == 244
@@ -372,44 +390,45 @@ def test_the_real_vae_has_the_real_size() -> None:
     assert explicit(rebuilt.config) == explicit(model.config)
 
 
-def test_clip_from_a_whole_clip(tmp_path: Path, made: Path) -> None:
+def test_clip_from_a_whole_clip(tmp_path: Path, untrained: Path) -> None:
     """openai/clip-vit-large-patch14 holds a picture tower too; the text tower is taken out of it."""
     from transformers import CLIPConfig, CLIPModel
 
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    whole = CLIPModel(CLIPConfig(text_config={**miniature.CLIP, "vocab_size": 514}, vision_config=vision)).eval()
+    whole = CLIPModel(CLIPConfig(text_config={**configs.CLIP_TEXT, "vocab_size": 514}, vision_config=vision)).eval()
     whole.save_pretrained(tmp_path)
     assert any(key.startswith("text_model.") for key in load_file(tmp_path / "model.safetensors"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((made / "clip" / name).read_bytes())
+        (tmp_path / name).write_bytes((untrained / "clip" / name).read_bytes())
     _, text = checkpoints.load_clip(Files({"clip": tmp_path}), CPU)
     ids = torch.tensor([[512, 5, 6, 513]])
     with torch.inference_mode():
         assert_close(text(ids).last_hidden_state, whole.text_model(ids).last_hidden_state)
 
 
-def test_clip_under_its_published_names(tmp_path: Path, made: Path) -> None:
+def test_clip_under_its_published_names(tmp_path: Path, untrained: Path) -> None:
     """The text tower alone, as FLUX.1's own folder has it, names its tensors `text_model.*`."""
-    for file in (made / "clip").iterdir():
+    for file in (untrained / "clip").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    state = load_file(tmp_path / "model.safetensors")
-    published = {f"text_model.{key}": tensor for key, tensor in state.items()}
+    _, whole = checkpoints.load_clip(Files({"clip": tmp_path}), CPU)
+    whole.config.save_pretrained(tmp_path)
+    published = {f"text_model.{key}": tensor for key, tensor in whole.state_dict().items()}
     save_file(published, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, text = checkpoints.load_clip(Files({"clip": tmp_path}), CPU)
     for key, tensor in text.state_dict().items():
-        assert torch.equal(tensor, state[key])
+        assert torch.equal(tensor, whole.state_dict()[key])
 
 
-def test_t5_from_a_whole_t5(tmp_path: Path, made: Path) -> None:
+def test_t5_from_a_whole_t5(tmp_path: Path, untrained: Path) -> None:
     """A T5 with its decoder gives its encoder, the embedding shared as ever."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    whole = T5ForConditionalGeneration(T5Config(**miniature.T5, vocab_size=300)).eval()
+    whole = T5ForConditionalGeneration(T5Config(**configs.T5, vocab_size=300)).eval()
     whole.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((made / "t5" / name).read_bytes())
+        (tmp_path / name).write_bytes((untrained / "t5" / name).read_bytes())
     _, encoder = checkpoints.load_t5(Files({"t5": tmp_path}), CPU)
     ids = torch.tensor([[7, 8, 1, 0]])
     with torch.inference_mode():
@@ -445,9 +464,9 @@ def test_t5s_tokenizer_from_sentencepiece(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("role", "gone"), [("t5", "tokenizer.json"), ("clip", "tokenizer.json"), ("t5", "model.safetensors")]
 )
-def test_text_encoders_with_a_file_gone(tmp_path: Path, made: Path, role: str, gone: str) -> None:
+def test_text_encoders_with_a_file_gone(tmp_path: Path, untrained: Path, role: str, gone: str) -> None:
     """A folder without tokenizer or tensors is WeightsMissing, never a tokenizer that knows no words."""
-    for file in (made / role).iterdir():
+    for file in (untrained / role).iterdir():
         if file.name != gone:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(WeightsMissing, match="pulid weights fetch"):
@@ -455,9 +474,9 @@ def test_text_encoders_with_a_file_gone(tmp_path: Path, made: Path, role: str, g
 
 
 @pytest.mark.parametrize("role", ["t5", "clip"])
-def test_text_encoders_with_a_tensor_gone(tmp_path: Path, made: Path, role: str) -> None:
+def test_text_encoders_with_a_tensor_gone(tmp_path: Path, untrained: Path, role: str) -> None:
     """A missing tensor raises WeightsCorrupt and is named; nothing is filled in at random."""
-    for file in (made / role).iterdir():
+    for file in (untrained / role).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     state = load_file(tmp_path / "model.safetensors")
     lost = next(key for key in sorted(state) if key.endswith("layer_norm1.weight") or "SelfAttention.q" in key)
@@ -467,9 +486,19 @@ def test_text_encoders_with_a_tensor_gone(tmp_path: Path, made: Path, role: str)
         {"t5": checkpoints.load_t5, "clip": checkpoints.load_clip}[role](Files({role: tmp_path}), CPU)
 
 
-def test_eva_clip_in_its_three_forms(tmp_path: Path, made: Path) -> None:
+def original_eva_clip(folder: Path) -> State:
+    """The miniature's tower under the names of EVA02_CLIP_L_336_psz14_s6B.pt."""
+    original = {}
+    for name, tensor in load_file(place(folder, "eva_clip")).items():
+        for ours, theirs in EVA_CLIP_NAMES:
+            name = name.replace(ours, theirs)
+        original[name] = tensor
+    return original
+
+
+def test_eva_clip_in_its_three_forms(tmp_path: Path, untrained: Path) -> None:
     """The original pickle, the same as safetensors, and open_clip's names give one tower."""
-    original = torch.load(made / miniature.EVA_CLIP, weights_only=True)
+    original = original_eva_clip(untrained)
     assert all(tensor.dtype == torch.float16 for tensor in original.values())
     reference = EvaClip.from_state_dict({key: tensor.float() for key, tensor in original.items()}, **MINIATURE.eva_clip)
     rope = {f"visual.rope.freqs_{name}": torch.zeros(576, 32) for name in ("cos", "sin")}
@@ -504,19 +533,19 @@ def test_a_pickle_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_an_eva_clip_of_another_size_is_refused(made: Path) -> None:
+def test_an_eva_clip_of_another_size_is_refused(untrained: Path) -> None:
     """The miniature's tower is not taken for the official one."""
     with pytest.raises(WeightsCorrupt, match="cannot be used"):
         checkpoints.load_eva_clip(
-            Files({"eva_clip": made / miniature.EVA_CLIP}), Settings(preset="flux-dev", device="cpu")
+            Files({"eva_clip": place(untrained, "eva_clip")}), Settings(preset="flux-dev", device="cpu")
         )
 
 
-def test_pulid_is_loaded_strictly(tmp_path: Path, made: Path) -> None:
+def test_pulid_is_loaded_strictly(tmp_path: Path, untrained: Path) -> None:
     """Cross-attentions come in their numbers' order; a tensor missing, a number missing or a stranger is refused."""
-    state = load_file(made / miniature.PULID)
-    attentions = checkpoints.load_cross_attentions(Files({"pulid": made / miniature.PULID}), CPU)
-    assert len(attentions) == miniature.CROSS_ATTENTIONS
+    state = load_file(place(untrained, "pulid"))
+    attentions = checkpoints.load_cross_attentions(Files({"pulid": place(untrained, "pulid")}), CPU)
+    assert len(attentions) == CROSS_ATTENTIONS
     for index, attention in enumerate(attentions):
         assert torch.equal(attention.to_q.weight, state[f"pulid_ca.{index}.to_q.weight"])
     for lost, load, named in (

@@ -140,8 +140,10 @@ def test_relative_folders_hold_for_other_processes(tmp_path, monkeypatch):
     from cluster.cli import _settings
 
     monkeypatch.chdir(tmp_path)
-    settings = _settings(store__url="file://here", weights_dir="there")
+    settings = _settings(store__url="file://here", weights_dir="there", miniature_dir="tiny")
     assert settings.store.url == f"file://{tmp_path}/here"
     assert settings.weights_dir == tmp_path / "there"
+    assert settings.miniature_dir == tmp_path / "tiny"
+    assert settings.flux_file is None
     assert _settings(store__url="s3://bucket/x").store.url == "s3://bucket/x"
     assert isinstance(settings, Settings)

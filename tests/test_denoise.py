@@ -1,3 +1,4 @@
+import base64
 import io
 import math
 
@@ -6,11 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.denoise import FluxDenoiser
+from pipeline.denoise import FluxDenoiser, pixels_per_token
 from pipeline.errors import Cancelled, MaskUnreadable, PictureInvalid
 from pipeline.models.flux import IdentityFlux, IdentityRows
 from pipeline.request import Request
 from tests import small
+
+
+def _png(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+GRADIENT = _png(np.tile(np.arange(256, dtype=np.uint8), (256, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +109,22 @@ def test_progress_and_cancelling(denoiser):
     with pytest.raises(Cancelled):
         draw(denoiser, request(), on_step=lambda done, _: seen.append(done), cancelled=lambda: len(seen) == 2)
     assert seen == [1, 2]
+
+
+def test_an_image_token_is_as_large_as_the_autoencoder_says():
+    """Four levels, as FLUX.1's, make a token of 16 x 16 pixels; the miniature's five one of 32 x 32."""
+    assert [pixels_per_token(small.vae(levels)) for levels in (4, 5)] == [16, 32]
+
+
+def test_a_size_between_two_tokens_is_the_middle_of_the_next_larger_picture():
+    """Every size that a request may have comes out; what is beyond it is cut off evenly on both sides, mask and all."""
+    coarse, person = small.denoiser(levels=5), {"mask": {"base64": GRADIENT}}
+    whole, middle = (
+        np.asarray(Image.open(io.BytesIO(draw(coarse, request([person], **size), small.identity(1)))))
+        for size in ({"width": 320, "height": 288}, {"width": 304, "height": 272})
+    )
+    assert whole.shape == (288, 320, 3)
+    np.testing.assert_array_equal(middle, whole[8:-8, 8:-8])
 
 
 def test_numbers_that_are_no_picture_are_an_error():

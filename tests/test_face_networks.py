@@ -1,5 +1,7 @@
 """The real networks' classes, loaded from files in the real formats with weights by rule."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,16 @@ from insightface.model_zoo.scrfd import SCRFD
 from torchvision.transforms.functional import normalize
 
 from pipeline.errors import WeightsCorrupt
-from pipeline.faces import FaceDetector, real_models
+from pipeline.faces import FaceDetector, read_models
+from pipeline.miniature.files import place
 from pipeline.models import detection
 from pipeline.models.alignment import arcface_crop, ffhq_crop
 from pipeline.models.detection import BiSeNetParser, RetinaFaceFinder, ScrfdFinder, build_bisenet
 from pipeline.models.face_features import gray_on_white
+from pipeline.models.sizes import MINIATURE
 from pipeline.request import Person
+from pipeline.settings import Settings
+from pipeline.weights import locate
 from tests.face_models import FACE, RED, bisenet_weights, red_squares, retinaface_weights, write_arcface, write_scrfd
 
 ROLES = ("detector", "recogniser", "retinaface", "parsing")
@@ -27,6 +33,9 @@ class Files:
 
     def path(self, role):
         return self.folder / role
+
+    def has(self, role):
+        return self.path(role).exists()
 
     def hashes(self, *roles):
         return dict.fromkeys(roles, "unverified")
@@ -44,7 +53,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(files):
-    return real_models(files, "cpu")
+    return read_models(files, 64, "cpu")
 
 
 class Recorder:
@@ -168,6 +177,40 @@ def test_the_real_networks_together(models):
     assert faces.trace.models == dict.fromkeys(ROLES, "unverified")
 
 
+def test_a_preset_without_retinaface_has_no_aligner(files, tmp_path):
+    """Then the detector's own points align the face, and the trace names the three files that there are."""
+    others = [role for role in ROLES if role != "retinaface"]
+    for role in others:
+        (tmp_path / role).symlink_to(files.path(role))
+    models = read_models(Files(tmp_path), 64, "cpu")
+    assert models.aligner is None
+    assert models.files == dict.fromkeys(others, "unverified")
+    photo = red_squares((320, 320), (64, 64))
+    face = FaceDetector(lambda photo_, name: photo, models).detect(Person(photos=["AAAA"]), 0).faces[0]
+    aligned = ffhq_crop(photo, face.landmarks)
+    np.testing.assert_array_equal(face.features, gray_on_white(aligned, np.ones((512, 512))).numpy())
+
+
+def test_a_slim_parser_in_safetensors(untrained):
+    """A parser of a quarter of the channels loads from safetensors; a file of another width is refused."""
+    files = locate(Settings(miniature_dir=untrained))
+    labels = read_models(files, MINIATURE.bisenet_width, "cpu").parser.labels(np.zeros((64, 64, 3), np.uint8))
+    assert (labels == 1).all()
+    with pytest.raises(WeightsCorrupt, match=r"parsing_bisenet_miniature\.safetensors "):
+        read_models(files, 64, "cpu")
+
+
+def test_a_damaged_safetensors_parser_is_named(untrained, tmp_path):
+    """A cut-off file is WeightsCorrupt and names the file."""
+    whole = place(untrained, "parsing").read_bytes()
+    shutil.copytree(untrained, tmp_path / "miniature")
+    (tmp_path / "miniature" / "manifest.json").unlink()
+    place(tmp_path / "miniature", "parsing").write_bytes(whole[: len(whole) // 2])
+    files = locate(Settings(miniature_dir=tmp_path / "miniature"))
+    with pytest.raises(WeightsCorrupt, match=r"parsing_bisenet_miniature\.safetensors "):
+        read_models(files, MINIATURE.bisenet_width, "cpu")
+
+
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("content", [b"", b"not a model", "half", "another"])
 def test_a_damaged_file_is_named(files, tmp_path, role, content):
@@ -180,4 +223,4 @@ def test_a_damaged_file_is_named(files, tmp_path, role, content):
     texts = {"half": whole[: len(whole) // 2], "another": files.path(partner[role]).read_bytes()}
     (tmp_path / role).write_bytes(texts.get(content, content))
     with pytest.raises(WeightsCorrupt, match=f"{role} "):
-        real_models(Files(tmp_path), "cpu")
+        read_models(Files(tmp_path), 64, "cpu")

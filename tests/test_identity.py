@@ -23,9 +23,9 @@ def test_fusion(encoder):
     """Mean averages the photos' tokens, concat puts them side by side; one photo is the same in both."""
     faces = small.faces(1, photos=3)
     mean, concat = encoder.encode(faces, "mean").tokens, encoder.encode(faces, "concat").tokens
-    assert mean.shape == (32, 64)
-    assert concat.shape == (96, 64)
-    np.testing.assert_allclose(concat.reshape(3, 32, 64).mean(axis=0), mean, rtol=1e-5, atol=1e-6)
+    assert mean.shape == (32, 96)
+    assert concat.shape == (96, 96)
+    np.testing.assert_allclose(concat.reshape(3, 32, 96).mean(axis=0), mean, rtol=1e-5, atol=1e-6)
     one = small.faces(2)
     np.testing.assert_array_equal(encoder.encode(one, "mean").tokens, encoder.encode(one, "concat").tokens)
 

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,9 +16,10 @@ from typer.testing import CliRunner
 
 from cluster import weights_cli
 from pipeline.errors import LicenceNotAccepted, WeightsCorrupt, WeightsMissing
+from pipeline.manifest import Manifest
 from pipeline.presets import Archive, Licence, ModelFile, ModelSpec, Preset
 from pipeline.settings import Settings
-from pipeline.weights import PRESETS, Source, fetch, findings, locate, verify, write_manifest
+from pipeline.weights import PRESETS, Source, fetch, findings, locate, verify
 from tests.shelf import Shelf, serve, sha256
 
 FREE = Licence("Free", "https://free.example", True)
@@ -199,8 +202,8 @@ def test_a_missing_file_says_what_to_do(settings):
     """The path, and the command that fetches it; a role without files names the preset."""
     with pytest.raises(WeightsMissing, match=r"p\.sft is missing; run `pulid weights fetch --preset flux-dev`"):
         locate(settings, PRESET).path("pulid")
-    with pytest.raises(WeightsMissing, match="miniature has no file for the role detector"):
-        locate(Settings(weights_dir=settings.weights_dir)).path("detector")
+    with pytest.raises(WeightsMissing, match="miniature has no file for the role retinaface"):
+        locate(Settings()).path("retinaface")
 
 
 def test_a_flux_file_of_ones_own(settings, shelf, tmp_path):
@@ -293,14 +296,14 @@ def test_processes_fetch_once(settings, shelf):
     assert len(shelf.asked) == len(HUB)
 
 
-def test_the_miniatures_manifest(tmp_path):
-    """write_manifest remembers every file below the folder; folders made by rule give one hash per file."""
-    settings = Settings(weights_dir=tmp_path)
-    root = tmp_path / "miniature"
+def test_a_miniature_in_a_folder_of_its_own(tmp_path):
+    """PULID_MINIATURE_DIR names it; a role that is a folder gives one hash per file, and keeps count of lost ones."""
+    root = tmp_path / "mine"
+    settings = Settings(miniature_dir=root)
     for name in ("flux/config.json", "flux/model.sft", "pulid/pulid_flux_miniature.safetensors"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
-    write_manifest(root)
+        Manifest.read(root).record(name, sha256(name.encode()))
     assert set(json.loads((root / "manifest.json").read_text())["files"]["flux/model.sft"]) == {
         *("sha256", "size", "mtime_ns")
     }
@@ -311,7 +314,7 @@ def test_the_miniatures_manifest(tmp_path):
         for name in ("flux/config.json", "flux/model.sft", "pulid/pulid_flux_miniature.safetensors")
     }
     (root / "flux" / "model.sft").unlink()
-    with pytest.raises(WeightsMissing, match="made anew"):
+    with pytest.raises(WeightsMissing, match="PULID_MINIATURE_DIR"):
         files.path("flux")
     assert {finding.file for finding in verify(settings) if finding.state == "missing"} >= {"flux/model.sft", "t5"}
 
@@ -385,11 +388,27 @@ def test_verify_counts_what_is_bad(pulid):
     assert "23 file(s) are missing or damaged" in result.stderr
 
 
-def test_the_miniature_needs_no_download(pulid):
-    """fetch and verify say so."""
-    for command in ("fetch", "verify"):
+def test_the_miniature_needs_no_download(pulid, untrained, monkeypatch):
+    """fetch says so; list and verify read its files, which have other times after every checkout."""
+    monkeypatch.setenv("PULID_MINIATURE_DIR", str(untrained))
+    for path in untrained.rglob("*"):
+        os.utime(path, ns=(1, 1))
+    for command, told in (("fetch", "comes? with this package"), ("list", str(untrained)), ("verify", "verified")):
         result = pulid(command)
-        assert (result.exit_code, "made by rule" in result.stdout) == (0, True)
+        assert result.exit_code == 0
+        assert re.search(told, result.stdout)
+        assert not re.search("unverified|missing|corrupt", result.stdout)
+
+
+def test_a_damaged_miniature_is_told(pulid, untrained, monkeypatch, tmp_path):
+    """verify names the file that is not what it was, and what to do."""
+    shutil.copytree(untrained, tmp_path / "miniature")
+    monkeypatch.setenv("PULID_MINIATURE_DIR", str(tmp_path / "miniature"))
+    (tmp_path / "miniature" / "t5" / "config.json").write_text("{}")
+    result = pulid("verify")
+    assert result.exit_code == 1
+    assert re.search(r"corrupt\s+t5/config\.json", result.stdout)
+    assert "install this package anew" in result.stderr
 
 
 def test_a_wrong_preset_is_named(pulid):
