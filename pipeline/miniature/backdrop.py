@@ -16,7 +16,7 @@ def backdrop(name: str, side: int) -> NDArray[np.uint8]:
     """A background (side, side, 3), read only."""
     picture = _PAINTERS[name]() if name in _PAINTERS else _plain(_PLAIN[name])
     picture = cv2.GaussianBlur(picture, (0, 0), 2.2)  # out of focus, as behind a portrait
-    sized: NDArray[Any] = cv2.resize(picture, (side, side), interpolation=cv2.INTER_LINEAR)
+    sized: NDArray[np.uint8] = np.asarray(cv2.resize(picture, (side, side)), np.uint8)
     sized.flags.writeable = False
     return sized
 
@@ -39,7 +39,7 @@ def _box(picture: NDArray[Any], left: int, top: int, right: int, bottom: int, co
 def _plain(colour: tuple[int, int, int]) -> NDArray[Any]:
     y, x = np.mgrid[:_SIDE, :_SIDE]
     light = 1.12 - 0.3 * np.hypot((x - 110) / _SIDE, (y - 90) / _SIDE)
-    return np.clip(light[..., None] * np.array(colour), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(light[..., None] * np.array(colour), 0, 255), np.uint8)
 
 
 def _garden() -> NDArray[Any]:
@@ -66,11 +66,11 @@ def _beach() -> NDArray[Any]:
 def _night_city() -> NDArray[Any]:
     picture = _gradient((0, (18, 22, 62)), (256, (62, 44, 104)))
     _disc(picture, 216, 34, 16, (250, 240, 200))
-    for left, top, right in ((-4, 84, 34), (36, 122, 72), (182, 104, 216), (220, 66, 262), (76, 150, 180)):
+    for left, top, right in ((-18, 84, 36), (40, 122, 80), (176, 110, 216), (220, 66, 274), (84, 150, 172)):
         _box(picture, left, top, right, 256, (22, 20, 44))
-        for y in range(top + 12, 250, 26):
-            for x in range(left + 8, right - 12, 20):
-                _box(picture, x, y, x + 8, y + 11, (250, 204, 96))
+        for y in range(top + 14, 240, 32):
+            for x in range(left + 8, right - 12, 24):
+                _box(picture, x, y, x + 12, y + 15, (250, 204, 96))
     return picture
 
 

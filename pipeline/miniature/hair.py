@@ -1,16 +1,49 @@
 """Hair: a part behind the head and a part in front of it, by style."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.miniature.heads import HAIR, Head
-from pipeline.miniature.painter import Painter, Points, bump, ellipse, mirrored, smooth
+from pipeline.miniature.painter import Painter, Plane, Points, Tint, bump, ellipse, mirrored, smooth
 from pipeline.miniature.people import Person
 from pipeline.miniature.scenes import Scene
 
 # where hats sit: hair above is pressed to the head or hidden
 HAT_LINE = -46.0
 _PRESSED = -72.0
+
+
+# for each style the cap's outline as (a, b, y): x is a times half the head's width, plus b
+_CAPS: Mapping[str, Sequence[tuple[float, float, float]]] = {
+    "short": (
+        *((-1, -3, 4), (-1, -5, -30), (-0.8, 0, -70), (-0.2, 0, -86), (0.5, 0, -82), (0.9, 0, -60)),
+        *((1, 5, -28), (1, 3, 4), (1, -6, -14), (0.8, 0, -36), (0.2, 0, -38), (-0.35, 0, -50), (-0.8, 0, -34)),
+        (-1, 6, -14),
+    ),
+    "long": (
+        *((-1, -10, 0), (-1, -10, -32), (-0.74, 0, -72), (0, 0, -82), (0.74, 0, -72), (1, 10, -32), (1, 10, 0)),
+        *((1, -4, 6), (1, -8, -24), (0.5, 0, -44), (0, 0, -58), (-0.5, 0, -44), (-1, 8, -24), (-1, 4, 6)),
+    ),
+    "bob": (
+        *((-1, -15, 40), (-1, -15, -30), (-0.74, 0, -72), (0, 0, -82), (0.74, 0, -72), (1, 15, -30), (1, 15, 40)),
+        *((1, -3, 44), (1, -5, -8), (0.86, 0, -28), (0.4, 0, -30), (0, 0, -31), (-0.4, 0, -30), (-0.86, 0, -28)),
+        *((-1, 5, -8), (-1, 3, 44)),
+    ),
+    "curly": (
+        *((-1, -6, 0), (-1, -6, -30), (-0.7, 0, -70), (0, 0, -80), (0.7, 0, -70), (1, 6, -30), (1, 6, 0)),
+        *((1, -4, -10), (0.8, 0, -36), (0.5, 0, -32), (0.2, 0, -42), (-0.15, 0, -34), (-0.5, 0, -42)),
+        *((-0.8, 0, -30), (-1, 4, -10)),
+    ),
+    "afro": (
+        *((-1, -2, 0), (-1, -2, -30), (-0.7, 0, -70), (0, 0, -80), (0.7, 0, -70), (1, 2, -30), (1, 2, 0)),
+        *((1, -4, -10), (0.84, 0, -34), (0.45, 0, -44), (0, 0, -46), (-0.45, 0, -44), (-0.84, 0, -34), (-1, 4, -10)),
+    ),
+    "buns": (
+        *((-1, -3, -2), (-1, -4, -32), (-0.74, 0, -68), (0, 0, -77), (0.74, 0, -68), (1, 4, -32), (1, 3, -2)),
+        *((1, -5, -14), (0.72, 0, -40), (0, 0, -50), (-0.72, 0, -40), (-1, 5, -14)),
+    ),
+}
 
 
 def draw_back(painter: Painter, person: Person, head: Head, scene: Scene) -> None:
@@ -58,40 +91,23 @@ def draw_front(painter: Painter, person: Person, head: Head, scene: Scene) -> No
     if style == "long":
         for side in (-1, 1):
             lock = smooth(
-                ((wide - 10, -24), (wide + 11, -30), (wide + 17, 20), (wide + 22, 80), (wide + 16, 122), (wide, 134))
-                + ((wide - 16, 124), (wide - 8, 84), (wide - 3, 30))
+                (
+                    (wide - 10, -24),
+                    (wide + 11, -30),
+                    (wide + 17, 20),
+                    (wide + 23, 80),
+                    (wide + 20, 118),
+                    (wide + 8, 140),
+                )
+                + ((wide - 8, 132), (wide - 12, 104), (wide - 8, 76), (wide - 3, 30))
             )
             painter.fill(lock * (side, 1), person.hair, HAIR, _tint(1.0))
 
 
 def _cap(style: str, wide: float) -> Points:
     """The hair on top of the head: round the skull, and back along the hairline."""
-    if style == "short":
-        skull = ((-wide - 3, 4), (-wide - 5, -30), (-0.8 * wide, -70), (-0.2 * wide, -86), (0.5 * wide, -82))
-        skull += ((0.9 * wide, -60), (wide + 5, -28), (wide + 3, 4))
-        line = ((wide - 6, -14), (0.8 * wide, -36), (0.2 * wide, -38), (-0.35 * wide, -50), (-0.8 * wide, -34))
-        line += ((-wide + 6, -14),)
-    elif style == "bob":
-        skull = ((-wide - 15, 40), (-wide - 15, -30), (-0.74 * wide, -72), (0, -82), (0.74 * wide, -72))
-        skull += ((wide + 15, -30), (wide + 15, 40))
-        line = ((wide - 3, 44), (wide - 5, -8), (0.86 * wide, -28), (0.4 * wide, -30), (0, -31), (-0.4 * wide, -30))
-        line += ((-0.86 * wide, -28), (-wide + 5, -8), (-wide + 3, 44))
-    elif style == "long":
-        skull = ((-wide - 10, 0), (-wide - 10, -32), (-0.74 * wide, -72), (0, -82), (0.74 * wide, -72))
-        skull += ((wide + 10, -32), (wide + 10, 0))
-        line = ((wide - 4, 6), (wide - 8, -24), (0.5 * wide, -44), (0, -58), (-0.5 * wide, -44), (-wide + 8, -24))
-        line += ((-wide + 4, 6),)
-    elif style == "buns":
-        skull = ((-wide - 3, -2), (-wide - 4, -32), (-0.74 * wide, -68), (0, -77), (0.74 * wide, -68))
-        skull += ((wide + 4, -32), (wide + 3, -2))
-        line = ((wide - 5, -14), (0.72 * wide, -40), (0, -50), (-0.72 * wide, -40), (-wide + 5, -14))
-    else:  # curls: a bumpy fringe
-        grown = 6 if style == "curly" else 2
-        skull = ((-wide - grown, 0), (-wide - grown, -30), (-0.7 * wide, -70), (0, -80), (0.7 * wide, -70))
-        skull += ((wide + grown, -30), (wide + grown, 0))
-        line = ((wide - 4, -10), (0.8 * wide, -36), (0.5 * wide, -32), (0.2 * wide, -42), (-0.15 * wide, -34))
-        line += ((-0.5 * wide, -42), (-0.8 * wide, -30), (-wide + 4, -10))
-    return smooth(skull + line)
+    outline = np.array(_CAPS[style], np.float64)
+    return smooth(np.stack((outline[:, 0] * wide + outline[:, 1], outline[:, 2]), axis=1))
 
 
 def _mohawk(painter: Painter, person: Person, head: Head, scene: Scene) -> None:
@@ -132,16 +148,16 @@ def _pressed(shape: Points, scene: Scene, wide: float) -> Points:
     return pressed
 
 
-def _tint(gain: float):  # type: ignore[no-untyped-def]
-    def tint(u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+def _tint(gain: float) -> Tint:
+    def tint(u: Plane, v: Plane) -> Plane:
         light = gain * (0.97 + 0.34 * bump(u, v, -18, -62, 46, 13) - 0.0018 * np.clip(v - 10, 0, 90))
-        return (light - 0.1 * np.clip(u / 70, 0, 1))[..., None]
+        return np.asarray(light - 0.1 * np.clip(u / 70, 0, 1))[..., None]
 
     return tint
 
 
-def _bun_tint(x: float):  # type: ignore[no-untyped-def]
-    def tint(u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+def _bun_tint(x: float) -> Tint:
+    def tint(u: Plane, v: Plane) -> Plane:
         return (0.84 + 0.3 * bump(u, v, x - 5, -58, 13, 11))[..., None]
 
     return tint

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.miniature.painter import Painter, Points, bump, ellipse, mirrored, smooth
+from pipeline.miniature.painter import Painter, Plane, Points, bump, ellipse, mirrored, smooth
 from pipeline.miniature.people import Person
 from pipeline.miniature.scenes import Scene
 
@@ -66,16 +65,16 @@ def head_of(person: Person, scene: Scene) -> Head:
     )
     opened = {"neutral": 1.0, "smiling": 0.86, "surprised": 1.22, "sad": 0.88}[expression]
     stretched = {"neutral": 1.0, "smiling": 1.16, "surprised": 0.72, "sad": 0.92}[expression]
-    lift = {"neutral": 1.0, "smiling": 6.0, "surprised": 0.0, "sad": -6.0}[expression]
+    lift = {"neutral": 1.5, "smiling": 6.5, "surprised": 0.0, "sad": -6.0}[expression]
     return Head(
         half_width=wide,
         outline=outline,
         eye_x=27.5 + 1.7 * traits["eye_spacing"],
         eye_wide=14 + 1.6 * traits["eye_size"],
-        eye_high=(10.2 + 2.2 * traits["eye_size"]) * opened,
+        eye_high=(9.9 + 2.2 * traits["eye_size"]) * opened,
         nose_wide=11 + 3.5 * traits["nose_size"],
         nose_y=31 + 1.5 * traits["nose_size"],
-        mouth_wide=(21 + 4 * traits["mouth_width"]) * stretched,
+        mouth_wide=(22 + 4 * traits["mouth_width"]) * stretched,
         mouth_lift=lift,
         turn=3.0 * scene.turn,
     )
@@ -88,7 +87,7 @@ def draw_neck(painter: Painter, person: Person, head: Head) -> None:
         ((-wide, 40), (wide, 40), (wide + 2, 96), (wide + 16, 118), (0, 150), (-wide - 16, 118), (-wide - 2, 96))
     )
 
-    def tint(u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+    def tint(u: Plane, v: Plane) -> Plane:
         return ((0.94 - 0.26 * bump(u, v, 0, CHIN - 4, 60, 20)) / _NECK_LIGHT)[..., None]
 
     painter.fill(neck, person.skin * _NECK_LIGHT, NECK, tint)
@@ -102,7 +101,7 @@ def draw_face(painter: Painter, person: Person, head: Head, covered: bool) -> No
         painter.fill(ellipse(x, 6, 10, 15.5, -8 * side), skin * 0.93, label)
         painter.fill(ellipse(x + side * 1.5, 6, 5, 9, -8 * side), skin * 0.78, line=False)
 
-    def tint(u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+    def tint(u: Plane, v: Plane) -> Plane:
         light = 1.02 + 0.07 * bump(u, v, -14 + head.turn, -22, 44, 34) - 0.13 * ((u + 8) / 62) ** 2
         light -= 0.1 * bump(u, v, 0, CHIN + 6, 70, 20)
         if covered:
@@ -112,8 +111,8 @@ def draw_face(painter: Painter, person: Person, head: Head, covered: bool) -> No
         light -= 0.1 * bump(u, v, x + head.nose_wide, y - 3, 7, 16)
         if person.hair_style == "bald" and not covered:
             light += 0.12 * bump(u, v, -20, -50, 18, 10)
-        blush = sum(bump(u, v, side * 33 + head.turn, 32, 15, 11) for side in (-1, 1))
-        return light[..., None] * (1 - blush[..., None] * np.array((-0.02, 0.13, 0.09), np.float32))
+        blush = bump(u, v, head.turn - 33, 32, 15, 11) + bump(u, v, head.turn + 33, 32, 15, 11)
+        return light[..., None] * (1.0 - blush[..., None] * np.array((-0.02, 0.13, 0.09), np.float32))
 
     painter.fill(head.outline, skin, SKIN, tint)
 
@@ -140,10 +139,7 @@ def draw_glasses(painter: Painter, person: Person, head: Head) -> None:
         inner, outer = (x - side * 20, x + side * 20)
         painter.stroke(np.array(((outer, -3), (side * head.half_width, -4))), 4, rgb, GLASSES)
         painter.stroke(np.array(((inner, -3), (head.turn, -5))), 4.5, rgb, GLASSES)
-        if shape == "round":
-            ring = ellipse(x, 1, 20, 20)
-        else:
-            ring = _rounded(x, 1, 21, 16.5)
+        ring = ellipse(x, 1, 20, 20) if shape == "round" else _rounded(x, 1, 21, 16.5)
         painter.stroke(np.concatenate((ring, ring[:1])), 4.6, rgb, GLASSES)
 
 
@@ -166,9 +162,9 @@ def _eye(painter: Painter, person: Person, head: Head, expression: str, side: in
     ) * (side, 1)
     white = smooth(rim + (x, 0))
     painter.fill(white, _WHITE, LEFT_EYE if side < 0 else RIGHT_EYE, line=False)
-    radius = 0.95 * (8.6 + 1.3 * person.traits["eye_size"])
+    radius = 0.95 * (9.4 + 1.3 * person.traits["eye_size"])
     iris = ellipse(x, 0, radius, radius)
-    iris[:, 1] = np.clip(iris[:, 1], -0.92 * high, 0.8 * high)
+    iris[:, 1] = np.clip(iris[:, 1], -0.9 * high, 0.8 * high)
     painter.fill(iris, _IRIS[person.eye_colour], line=False)
     pupil = ellipse(x, 0, 0.48 * radius, 0.48 * radius)
     painter.fill(pupil, _DARK * 0.6, line=False)

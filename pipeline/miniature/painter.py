@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Points = NDArray[np.float64]
 Colour = NDArray[np.float64]  # (3,) RGB in 0..255
-Tint = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
+Plane = NDArray[Any]  # (h, w) or (h, w, channels): values over part of the canvas
+Tint = Callable[[Plane, Plane], Plane]  # coordinates u, v -> what a colour is multiplied by
 
 OVERSAMPLING = 2  # the canvas's pixels along one of the picture's
 _CELL = 8  # canvas pixels along one value of a tint
@@ -106,10 +107,8 @@ class Painter:
 def smooth(points: Sequence[Sequence[float]] | Points, closed: bool = True, steps: int = 6) -> Points:
     """A Catmull-Rom curve through points (n, 2); closed or from the first to the last."""
     given = np.asarray(points, np.float64)
-    if closed:
-        ring = np.concatenate((given[-1:], given, given[:2]))
-    else:
-        ring = np.concatenate((given[:1], given, given[-1:]))
+    before, after = (given[-1:], given[:2]) if closed else (given[:1], given[-1:])
+    ring = np.concatenate((before, given, after))
     basis = _basis(steps)
     spans = np.stack([ring[i : len(ring) - 3 + i] for i in range(4)], axis=1)  # (n, 4, 2)
     curve = (basis @ spans).reshape(-1, 2)
@@ -132,11 +131,9 @@ def ellipse(x: float, y: float, wide: float, high: float, turn: float = 0.0, cor
     return np.asarray(points @ np.array(((cosine, sine), (-sine, cosine))) + (x, y))
 
 
-def bump(
-    u: NDArray[np.float32], v: NDArray[np.float32], x: float, y: float, wide: float, high: float
-) -> NDArray[np.float32]:
+def bump(u: Plane, v: Plane, x: float, y: float, wide: float, high: float) -> Plane:
     """A soft spot of height 1, for tints."""
-    return np.exp(-(((u - x) / wide) ** 2) - ((v - y) / high) ** 2)
+    return np.asarray(np.exp(-(((u - x) / wide) ** 2) - ((v - y) / high) ** 2))
 
 
 def _basis(steps: int) -> NDArray[np.float64]:
