@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from cluster.cli import astronaut
+from cluster.demo import astronaut
 from cluster.local import free_port, running
 from pipeline import flow
 from pipeline.request import Request

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cluster.cli import app, astronaut
+from cluster.cli import app
+from cluster.demo import astronaut, six_people
 from pipeline.settings import Settings
 
 
@@ -129,10 +130,11 @@ def test_generate_reads_a_request_and_options_win(pulid, tmp_path):
     assert (tmp_path / "two-1.webp").read_bytes().startswith(b"RIFF")
 
 
-def test_the_demo_photo_is_the_astronaut():
-    """512x512 pixels of PNG, shipped with scikit-image: nothing is fetched."""
-    with Image.open(io.BytesIO(astronaut())) as photo:
-        assert (photo.size, photo.format) == ((512, 512), "PNG")
+def test_the_demos_real_photos_are_installed():
+    """The astronaut comes with scikit-image, the six people with insightface: nothing is fetched."""
+    for photo, size, kind in ((astronaut(), (512, 512), "PNG"), (six_people(), (1280, 886), "JPEG")):
+        with Image.open(io.BytesIO(photo)) as opened:
+            assert (opened.size, opened.format) == (size, kind)
 
 
 def test_relative_folders_hold_for_other_processes(tmp_path, monkeypatch):
