@@ -1,8 +1,5 @@
 """Crops of drawn people as the face networks see them, and what a small generator does to a picture."""
 
-import os
-from pathlib import Path
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -39,18 +36,6 @@ def people_crops(first: int, people: int, drawings: int, exact: bool = False) ->
             points = drawing.landmarks if exact else inexact(drawing.landmarks, rng)
             crops[row, column] = arcface_crop(drawing.pixels, points)
     return crops
-
-
-def stored_crops(path: Path, first: int, people: int, drawings: int) -> NDArray[np.uint8]:
-    """The same from a file, memory-mapped; drawn where there is none of this size."""
-    if path.exists():
-        crops = np.load(path, mmap_mode="r")
-        if crops.shape[:2] == (people, drawings):
-            return np.asarray(crops)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, people_crops(first, people, drawings))
-    os.replace(partial, path)
-    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def disturbed(pixels: Pixels, rng: np.random.Generator) -> Pixels:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 
 from pipeline.miniature.people import FIRST_HELD_OUT, VECTOR_SIZE, person
-from pipeline.training.miniature.crops import disturbed, nudged, people_crops, stored_crops
+from pipeline.training.miniature.crops import disturbed, nudged, people_crops
 from pipeline.training.miniature.recogniser_networks import EMBEDDING, build, write_onnx
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def train_role(role: Role, work: Path, path: Path, plan: RecogniserPlan) -> dict
         if remembered["plan"] == asdict(plan):
             return dict(remembered["figures"])
     torch.manual_seed(plan.seed + role.first)
-    crops = stored_crops(work / f"crops_{role.name}.npy", role.first, plan.people, plan.drawings)
+    crops = people_crops(role.first, plan.people, plan.drawings)
     vectors = torch.from_numpy(np.stack([person(role.first + row).vector for row in range(plan.people)]))
     network = build(role.family)
     learn(network, crops, vectors, plan)
