@@ -12,10 +12,12 @@ _PLAIN = {"plain grey": (168, 170, 174), "plain blue": (74, 132, 214), "plain re
 
 
 @lru_cache(maxsize=64)
-def backdrop(name: str, side: int) -> NDArray[np.uint8]:
-    """A background (side, side, 3), read only."""
+def backdrop(name: str, side: int, light: float = 1.0) -> NDArray[np.uint8]:
+    """A background (side, side, 3), read only; light is what its colours are multiplied by."""
     picture = _PAINTERS[name]() if name in _PAINTERS else _plain(_PLAIN[name])
-    picture = cv2.GaussianBlur(picture, (0, 0), 2.2)  # out of focus, as behind a portrait
+    picture = cv2.GaussianBlur(
+        cv2.convertScaleAbs(picture, alpha=light), (0, 0), 2.2
+    )  # out of focus, as behind a portrait
     sized: NDArray[np.uint8] = np.asarray(cv2.resize(picture, (side, side)), np.uint8)
     sized.flags.writeable = False
     return sized

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipeline.miniature.heads import HAIR, Head
+from pipeline.miniature.heads import HAIR, SKIN, Head
 from pipeline.miniature.painter import Painter, Plane, Points, Tint, bump, ellipse, mirrored, smooth
 from pipeline.miniature.people import Person
 from pipeline.miniature.scenes import Scene
@@ -72,7 +72,7 @@ def draw_back(painter: Painter, person: Person, head: Head, scene: Scene) -> Non
         shape = _curls(((0, -85), (46, -78), (78, -46), (84, -8), (74, 26), (50, 46)), 10, wide)
     if shape is not None:
         painter.fill(
-            _pressed(shape, scene, wide), person.hair, HAIR, _tint(0.9 if person.hair_style == "afro" else 0.76)
+            _pressed(shape, scene, wide), person.hair, HAIR, _tint(0.9 if person.hair_style == "afro" else 0.82)
         )
     if person.hair_style == "buns":
         for side in (-1, 1):
@@ -112,12 +112,12 @@ def _cap(style: str, wide: float) -> Points:
 
 def _mohawk(painter: Painter, person: Person, head: Head, scene: Scene) -> None:
     wide = head.half_width
-    shaved = 0.6 * person.skin + 0.34 * person.hair
+    shaved = 0.58 * person.skin + 0.36 * person.hair
     sides = smooth(
         ((-wide - 1, -2), (-0.95 * wide, -34), (-0.6 * wide, -62), (0, -70), (0.6 * wide, -62), (0.95 * wide, -34))
         + ((wide + 1, -2), (wide - 6, -16), (0.72 * wide, -42), (0, -52), (-0.72 * wide, -42), (-wide + 6, -16))
     )
-    painter.fill(sides, shaved, HAIR, _tint(1.0))
+    painter.fill(sides, shaved, SKIN, _tint(1.0))
     if scene.hat == "none":
         crest = mirrored(((0, -92), (16, -92), (29, -84), (25, -62), (15, -42), (0, -35)))
         painter.fill(crest, person.hair, HAIR, _tint(1.0))

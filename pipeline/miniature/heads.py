@@ -239,7 +239,7 @@ def _beard(painter: Painter, person: Person, head: Head) -> None:
             + ((0.55 * wide, 46), (0.78 * wide, 30), (0.95 * wide, 14)),
             closed=False,
         )
-        shown = colour if kind == "full" else 0.62 * person.skin + 0.3 * colour
+        shown = colour if kind == "full" else 0.68 * person.skin + 0.26 * colour
         painter.fill(np.concatenate((jaw, inside)), shown, SKIN)
     if kind in ("moustache", "goatee", "full"):
         shape = ((0, 40), (12, 42), (25, 54), (27, 58), (12, 54), (0, 52))

@@ -15,7 +15,8 @@ from pipeline.miniature.scenes import Scene
 SIDE = 256  # pixels; the drawing's own units
 EYES_Y = 112.0  # of the middle between the eyes, at scale 1
 _CENTRE_Y = 128.0  # the head grows and tilts about the picture's middle
-_LIGHTS = {"soft": (1.0, 1.0, 1.0), "warm": (1.04, 0.97, 0.82), "dim": (0.7, 0.72, 0.8)}
+_LIGHTS = {"soft": (1.0, 1.0, 1.0), "warm": (1.04, 0.97, 0.82), "dim": (0.8, 0.82, 0.9)}
+_DIM_BACKDROP = 0.7  # so that a dim picture is told by what is behind, and skin keeps its colour
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,7 @@ class Drawing:
 def draw(person: Person, scene: Scene, size: int = SIDE) -> Drawing:
     """Draw a person in a scene, size pixels square; the same arguments give the same pixels."""
     head = heads.head_of(person, scene)
-    behind = backdrop(scene.background, size * OVERSAMPLING)
+    behind = backdrop(scene.background, size * OVERSAMPLING, _DIM_BACKDROP if scene.light == "dim" else 1.0)
     painter = Painter(behind, _frame(scene, size), scene.style == "poster", scene.style == "sketch")
     hair.draw_back(painter, person, head, scene)
     heads.draw_neck(painter, person, head)
@@ -66,7 +67,7 @@ def _lit(pixels: NDArray[np.uint8], scene: Scene) -> NDArray[np.uint8]:
     if scene.style == "poster":
         curve = 128 + 1.06 * (curve - 128)
     elif scene.style == "sketch":
-        curve = 0.88 * curve + 0.12 * 250
+        curve = 0.93 * curve + 0.07 * 250
     curve = curve * np.array(_LIGHTS[scene.light])
     table = np.clip(np.round(curve), 0, 255).astype(np.uint8)[None]  # (1, 256, 3)
     return np.asarray(cv2.LUT(pixels, table), np.uint8)

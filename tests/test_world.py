@@ -1,0 +1,164 @@
+"""The drawn world: one seed, one person; the truth that a drawing tells agrees with its pixels; prompts read back."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.miniature import heads
+from pipeline.miniature.people import FIRST_HELD_OUT, KINDS, TRAITS, VECTOR_SIZE, mix, person, person_from
+from pipeline.miniature.scenes import (
+    BACKGROUNDS,
+    CLOTHES,
+    EXPRESSIONS,
+    HATS,
+    LIGHTS,
+    MOST_TOKENS,
+    STYLES,
+    WORDS,
+    Scene,
+    held_out_scene,
+    is_held_out,
+    prompt,
+    read,
+    scene,
+)
+from pipeline.miniature.world import draw
+from pipeline.models.alignment import ARCFACE_TEMPLATE, FFHQ_TEMPLATE, similarity
+
+SEEDS = range(40)
+
+
+def test_the_same_arguments_draw_the_same_pixels():
+    one, other = (draw(person(3), scene(4)) for _ in range(2))
+    assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__slots__)
+
+
+def test_each_seed_is_a_person_of_its_own():
+    vectors = np.stack([person(seed).vector for seed in (*SEEDS, *range(FIRST_HELD_OUT, FIRST_HELD_OUT + 40))])
+    assert vectors.shape == (80, VECTOR_SIZE)
+    assert vectors.dtype == np.float32
+    assert len(np.unique(vectors, axis=0)) == 80
+    pictures = [draw(person(seed), Scene()).pixels for seed in SEEDS]
+    assert len({picture.tobytes() for picture in pictures}) == len(SEEDS)
+
+
+def test_any_vector_has_a_nearest_person_who_is_nearest_to_themselves():
+    noisy = np.random.default_rng(0).normal(size=VECTOR_SIZE)
+    near = person_from(noisy)
+    assert np.array_equal(person_from(near.vector).vector, near.vector)
+    assert np.abs(near.vector[: len(TRAITS)]).max() <= 1
+    assert near.vector[len(TRAITS) :].sum() == len(KINDS)
+
+
+def test_a_mixed_person_lies_between_two():
+    one, other = person(1), person(2)
+    middle = mix(one, other).vector[: len(TRAITS)]
+    assert middle == pytest.approx((one.vector + other.vector)[: len(TRAITS)] / 2, abs=1e-6)
+    assert np.array_equal(mix(one, other, 0.0).vector, one.vector)
+    assert np.array_equal(mix(one, other, 1.0).vector, other.vector)
+
+
+def test_the_landmarks_lie_in_the_face_and_fit_the_templates():
+    for seed in SEEDS:
+        drawing = draw(person(seed), scene(seed))
+        left, top, right, bottom = drawing.box
+        assert (drawing.landmarks > (left, top)).all()
+        assert (drawing.landmarks < (right, bottom)).all()
+        for template in np.array(ARCFACE_TEMPLATE), np.array(FFHQ_TEMPLATE):
+            matrix = similarity(drawing.landmarks, template)
+            fitted = drawing.landmarks @ matrix[:, :2].T + matrix[:, 2]
+            eyes = np.linalg.norm(template[1] - template[0])
+            # a small round mouth is the farthest from the average one
+            assert np.abs(fitted - template).max() < 0.25 * eyes
+
+
+def test_hair_and_hats_lie_inside_the_picture():
+    for seed in range(60):
+        labels = draw(person(seed), scene(seed), 128).labels
+        upper = np.isin(labels, (heads.HAIR, heads.HAT))[: 128 // 2]
+        assert not upper[0].any()
+        assert not upper[:, [0, -1]].any()
+
+
+def test_labels_tell_what_the_pixels_show():
+    bare = replace(person(0), hair_style="bald", glasses="none", beard="none", mark="none", earrings="none")
+    drawing = draw(bare, Scene(hat="red beanie", clothes="green hoodie"))
+    colours = {
+        label: np.median(drawing.pixels[drawing.labels == label], axis=0)
+        for label in (heads.SKIN, heads.LEFT_BROW, heads.HAT, heads.CLOTH)
+    }
+    assert np.abs(colours[heads.SKIN] - bare.skin).max() < 25
+    assert np.abs(colours[heads.LEFT_BROW] - bare.hair).max() < 60
+    assert colours[heads.HAT].argmax() == 0
+    assert colours[heads.CLOTH].argmax() == 1
+
+
+def test_labels_lie_where_the_landmarks_are():
+    for seed in SEEDS:
+        who = replace(person(seed), glasses="none")
+        drawing = draw(who, scene(seed))
+        for label, point in ((heads.LEFT_EYE, 0), (heads.RIGHT_EYE, 1), (heads.NOSE, 2)):
+            rows, columns = np.nonzero(drawing.labels == label)
+            centre = np.array((columns.mean(), rows.mean()))
+            assert np.linalg.norm(centre - drawing.landmarks[point]) < (22 if label == heads.NOSE else 4)
+
+
+def test_sizes_show_the_same_drawing():
+    who, where = person(5), scene(6)
+    small, large = draw(who, where, 128), draw(who, where, 256)
+    assert 2 * small.landmarks + 0.5 == pytest.approx(large.landmarks, abs=1e-3)
+    assert (small.labels == large.labels[::2, ::2]).mean() > 0.95
+
+
+def test_a_prompt_reads_back_as_its_scene():
+    for seed in range(500):
+        where = scene(seed)
+        text = prompt(where, seed)
+        told = read(text)
+        assert told == {attribute: getattr(where, attribute) for attribute in told}
+        assert told["background"] == where.background
+        assert told.get("hat", "none") == where.hat
+        words = text.replace(",", " , ").split()
+        assert len(words) <= MOST_TOKENS
+        assert set(words) <= {*WORDS, ","}
+
+
+def test_a_prompt_of_somebody_elses_is_read_as_far_as_it_is_known():
+    text = "Oil painting of a happy astronaut, wearing a yellow STRAW HAT, black suit, at the beach, 8k"
+    assert read(text) == {
+        "expression": "smiling",
+        "hat": "straw hat",
+        "clothes": "black suit",
+        "background": "beach",
+    }
+    assert read("") == {}
+
+
+def test_training_never_sees_a_held_out_combination():
+    trained = {(s.background, s.hat, s.clothes) for s in (scene(seed) for seed in range(2000))}
+    held_out = {(s.background, s.hat, s.clothes) for s in (held_out_scene(seed) for seed in range(2000))}
+    assert not any(is_held_out(*names) for names in trained)
+    assert all(is_held_out(*names) for names in held_out)
+    total = len(BACKGROUNDS) * len(HATS) * len(CLOTHES)
+    assert 0.07 * total < len(held_out) < 0.13 * total
+    # every single name is trained, and every background and hat is also held out with something
+    for place, names in enumerate((BACKGROUNDS, HATS, CLOTHES)):
+        assert {combination[place] for combination in trained} == set(names)
+        assert {combination[place] for combination in held_out} == set(names)
+
+
+def test_fixed_attributes_are_kept():
+    fixed = {"hat": "top hat", "background": "snow", "light": "dim", "scale": 1.0}
+    for seed in range(20):
+        where = scene(seed, **fixed)
+        assert {name: getattr(where, name) for name in fixed} == fixed
+        assert not where.held_out
+    combination = {name: getattr(held_out_scene(0), name) for name in ("background", "hat", "clothes")}
+    with pytest.raises(ValueError, match="no training combination"):
+        scene(0, **combination)
+
+
+@pytest.mark.parametrize(("names", "attribute"), [(EXPRESSIONS, "expression"), (LIGHTS, "light"), (STYLES, "style")])
+def test_every_name_is_drawn(names, attribute):
+    assert {getattr(scene(seed), attribute) for seed in range(200)} == set(names)
