@@ -21,6 +21,7 @@ from pipeline.models import single_file
 from pipeline.models.eva_clip import EvaClip
 from pipeline.models.sizes import MINIATURE
 from pipeline.settings import Settings
+from pipeline.weights import locate
 from tests.untrained import CROSS_ATTENTIONS
 
 State = dict[str, Tensor]
@@ -489,7 +490,7 @@ def test_text_encoders_with_a_tensor_gone(tmp_path: Path, untrained: Path, role:
 def original_eva_clip(folder: Path) -> State:
     """The miniature's tower under the names of EVA02_CLIP_L_336_psz14_s6B.pt."""
     original = {}
-    for name, tensor in load_file(place(folder, "eva_clip")).items():
+    for name, tensor in load_file(locate(Settings(miniature_dir=folder)).path("eva_clip")).items():
         for ours, theirs in EVA_CLIP_NAMES:
             name = name.replace(ours, theirs)
         original[name] = tensor

@@ -1,143 +1,105 @@
-import hashlib
+"""The miniature's files: those that ship, and what holds for any miniature, trained or not."""
+
 import json
+import os
 import re
 import shutil
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPTokenizer, T5Tokenizer
 
-from pipeline import checkpoints
-from pipeline.errors import WeightsMissing
-from pipeline.miniature import files as miniature
+from pipeline import checkpoints, weights
+from pipeline.errors import WeightsCorrupt, WeightsMissing
+from pipeline.miniature import configs
+from pipeline.miniature.files import PRESET, place, write_manifest
+from pipeline.miniature.scenes import WORDS, held_out_scene, prompt, scene
+from pipeline.models.eva_clip import EvaClip
 from pipeline.models.flux import IdentityFlux, IdentityRows
 from pipeline.models.sampling import image_ids, noise, pack, unpack
+from pipeline.models.sizes import MINIATURE, OFFICIAL
 from pipeline.settings import Settings
-from pipeline.text import TextEncoder
-from tests.test_checkpoints import Files
+from pipeline.text import CLIP_LENGTH, TextEncoder
+from tests.test_checkpoints import original_eva_clip
 
-CPU = Settings(device="cpu")
-# The SHA-256 of all tensors, in the order of their names. Where it changes, VERSION has to change with it, or old files
-# stay in use.
-TENSORS = {"1": "e142a7095a956fc9c36b0ba5b92a856f834a20cb2fe5077565a8e73cb247a144"}
+ROOT = Path(__file__).parent.parent
+ROLES = [spec.role for spec in PRESET.specs]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights") / "miniature"
-    miniature.make(folder)
-    return folder
+def shipped() -> list[Path]:
+    return sorted(path for path in weights.SHIPPED.rglob("*") if path.is_file())
 
 
-@pytest.fixture(scope="module")
-def files(made: Path) -> Files:
-    paths = {role: made / role for role in ("flux", "vae", "t5", "clip")}
-    return Files({**paths, "eva_clip": made / miniature.EVA_CLIP, "pulid": made / miniature.PULID})
+@pytest.fixture
+def copy(untrained: Path, tmp_path: Path) -> Path:
+    """A miniature whose files a test may take away, but not write to: they are the untrained one's own."""
+    shutil.copytree(untrained, tmp_path / "miniature", copy_function=os.link)
+    return tmp_path / "miniature"
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Every file's sha256; the manifest's own is left out, since it also holds the files' times."""
-    every = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in every}
+def located(folder: Path) -> weights.WeightFiles:
+    return weights.locate(Settings(miniature_dir=folder))
 
 
-def test_the_files_are_small_and_the_same_each_time(made: Path, tmp_path: Path) -> None:
-    """Made twice they are the same bytes, under 10 MB together, in less than five seconds."""
-    started = time.process_time()
-    miniature.make(tmp_path / "again")
-    assert time.process_time() - started < 5
-    assert digests(tmp_path / "again") == digests(made)
-    assert sum(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 10_000_000
+def test_the_shipped_files_are_the_verified_ones() -> None:
+    """Without any setting the miniature is the one in the package: each file of each role is there, and as it was."""
+    found = weights.verify(Settings())
+    assert {finding.state for finding in found} == {"verified"}
+    assert {finding.spec.role for finding in found} == set(ROLES)
+    others = {path.relative_to(weights.SHIPPED).as_posix() for path in shipped()} - {finding.file for finding in found}
+    assert others == {"manifest.json", "README.md"}
 
 
-def test_another_rule_is_another_version(made: Path) -> None:
-    """The tensors of this VERSION are pinned: whoever changes them changes VERSION, and old files are replaced."""
-    tensors = {str(path): load_file(path) for path in sorted(made.rglob("*.safetensors"))}
-    tensors[miniature.EVA_CLIP] = torch.load(made / miniature.EVA_CLIP, weights_only=True)
-    digest = hashlib.sha256()
-    for state in tensors.values():
-        for name in sorted(state):
-            digest.update(name.encode() + state[name].numpy().tobytes())
-    assert {miniature.VERSION: digest.hexdigest()} == TENSORS
+def test_the_shipped_files_are_small_and_packaged() -> None:
+    """They take at most 40 MB together, and pyproject.toml's patterns put every one of them into a wheel."""
+    assert sum(path.stat().st_size for path in shipped()) <= 40_000_000
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pipeline"]
+    package = ROOT / "pipeline"
+    assert set(shipped()) <= {path for pattern in patterns for path in package.glob(pattern)}
 
 
-def test_made_files_stay(made: Path) -> None:
-    """A second call finds the files and writes nothing."""
-    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    miniature.make(made)
-    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+def test_a_copy_is_as_good(untrained: Path, tmp_path: Path) -> None:
+    """A manifest holds no times: a checkout, a wheel and a copy are verified by what is in the files."""
+    copy = shutil.copytree(untrained, tmp_path / "miniature", copy_function=shutil.copy)  # other times of change
+    assert located(copy).hashes(*ROLES).keys() == json.loads((copy / "manifest.json").read_text())["files"].keys()
+    before = (copy / "manifest.json").read_bytes()
+    write_manifest(copy)
+    assert (copy / "manifest.json").read_bytes() == before
+    assert b'mtime_ns": null' in before
 
 
-def test_the_presets_files_are_found_and_verified(made: Path) -> None:
-    """The preset miniature finds every role's files, makes them where they are not, and knows what they are."""
-    settings = Settings(weights_dir=made.parent, device="cpu")
-    located = checkpoints.files(settings)
-    roles = ("eva_clip", "pulid", "flux", "vae", "t5", "clip")
-    assert {made / name: sha256 for name, sha256 in located.hashes(*roles).items()} == {
-        made / name: sha256 for name, sha256 in digests(made).items() if name != miniature.MARKER
-    }
-    assert located.path("eva_clip") == made / miniature.EVA_CLIP
-    assert located.path("flux") == made / "flux"
+def test_a_damaged_file_is_not_used(copy: Path) -> None:
+    """A file of another content is refused and named, with what to do."""
+    path = place(copy, "pulid")
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(WeightsCorrupt, match=r"pulid_flux_miniature\.safetensors .*PULID_MINIATURE_DIR"):
+        located(copy).hashes("pulid")
 
 
-def test_a_damaged_copy_is_mended(tmp_path: Path, made: Path) -> None:
-    """A copy is as good as the files themselves; with a file changed or gone it is made anew."""
-    folder = tmp_path / "miniature"
-    shutil.copytree(made, folder, copy_function=shutil.copy)  # other times of change
-    before = (folder / "manifest.json").stat().st_mtime_ns
-    miniature.make(folder)
-    assert (folder / "manifest.json").stat().st_mtime_ns == before
-    (folder / "t5" / "config.json").unlink()
-    miniature.make(folder)
-    assert digests(folder) == digests(made)
-    size = (folder / miniature.PULID).stat().st_size
-    (folder / miniature.PULID).write_bytes(b"x" * size)
-    miniature.make(folder)
-    assert digests(folder) == digests(made)
-    (folder / "manifest.json").write_text("{")
-    miniature.make(folder)
-    assert digests(folder) == digests(made)
+@pytest.mark.parametrize("role", ROLES)
+def test_a_missing_file_is_told(copy: Path, role: str) -> None:
+    """A miniature without one of its roles is not used, and no manifest is written for it."""
+    path = place(copy, role)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (copy / "manifest.json").unlink()
+    with pytest.raises(WeightsMissing, match="is missing; .*PULID_MINIATURE_DIR"):
+        located(copy).path(role)
+    with pytest.raises(WeightsMissing):
+        write_manifest(copy)
 
 
-@pytest.mark.parametrize("marker", [None, "0", miniature.VERSION])
-def test_old_and_half_made_files_are_replaced(tmp_path: Path, made: Path, marker: str | None) -> None:
-    """A folder of another version, or one without its mark, is made anew, and nothing of it stays."""
-    folder = tmp_path / "miniature"
-    (folder / "flux").mkdir(parents=True)
-    (folder / "flux" / "old.safetensors").write_bytes(b"old")
-    if marker is not None:
-        (folder / miniature.MARKER).write_text(marker)
-    miniature.make(folder)
-    assert digests(folder) == digests(made)
-    assert {path.name for path in tmp_path.iterdir()} == {"miniature", ".miniature.lock"}
-
-
-def test_several_may_ask_at_once(tmp_path: Path, made: Path) -> None:
-    """Callers that start together all find complete files, and no scraps are left beside them."""
-    folder = tmp_path / "deep" / "miniature"
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(miniature.make, [folder] * 8))
-    assert digests(folder) == digests(made)
-    assert {path.name for path in folder.parent.iterdir()} == {"miniature", ".miniature.lock"}
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """Where the folder cannot be made, the error says which, and what to set."""
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WeightsMissing, match=r"file/miniature .*PULID_WEIGHTS_DIR"):
-        miniature.make(tmp_path / "file" / "miniature")
-
-
-def test_the_tower_has_the_original_checkpoints_names(made: Path) -> None:
-    """EVA-CLIP's file has the names of EVA02_CLIP_L_336_psz14_s6B.pt, in float16, for as many blocks as it has."""
+def test_the_tower_has_open_clips_names(untrained: Path) -> None:
+    """The tower's names are open_clip's for EVA02-L-14-336, for as many blocks as it has."""
     names = json.loads((Path(__file__).parent / "parity" / "eva_clip_keys.json").read_text())
     block = re.compile(r"visual\.blocks\.(\d+)\.")
-    depth = 6
+    depth = MINIATURE.eva_clip["depth"]
     expected = {
         name
         for name in names
@@ -145,50 +107,81 @@ def test_the_tower_has_the_original_checkpoints_names(made: Path) -> None:
         and "rope" not in name
         and not ((found := block.match(name)) and int(found[1]) >= depth)
     }
-    tensors = torch.load(made / miniature.EVA_CLIP, weights_only=True)
-    assert tensors.keys() == expected
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    for folder in (untrained, weights.SHIPPED):
+        assert original_eva_clip(folder).keys() == expected
+        assert all(name.startswith("visual.trunk.") for name in load_file(located(folder).path("eva_clip")))
 
 
-def test_loading_opens_no_connection(files: Files) -> None:
+def test_the_towers_tokens_are_counted() -> None:
+    """A face is as many tokens as the tower really makes of it: 577 officially, 145 in the miniature."""
+    assert (OFFICIAL.face_tokens, MINIATURE.face_tokens) == (577, 145)
+    with torch.inference_mode():
+        pooled, hidden = EvaClip(**MINIATURE.eva_clip)(torch.zeros(1, 3, 336, 336))
+    assert pooled.shape == (1, 64)
+    assert [states.shape for states in hidden] == [(1, MINIATURE.face_tokens, 96)] * 5
+
+
+def test_clip_is_a_whole_one(untrained: Path) -> None:
+    """The folder clip/ holds both towers, as openai/clip-vit-large-patch14's does."""
+    model, told = CLIPModel.from_pretrained(untrained / "clip", output_loading_info=True, local_files_only=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert model.config.vision_config.image_size == configs.CLIP_VISION["image_size"]
+
+
+def test_every_prompt_of_the_world_is_read_whole(untrained: Path) -> None:
+    """Both tokenizers know the world's words as one piece each, so that no prompt of the world is cut."""
+    t5 = T5Tokenizer.from_pretrained(untrained / "t5", local_files_only=True)
+    clip = CLIPTokenizer.from_pretrained(untrained / "clip", local_files_only=True)
+    for word in WORDS:
+        assert t5.tokenize(word) == ["\u2581" + word]
+        assert len(clip.tokenize(word)) == 1 + 2 * word.count("-")
+    prompts = [prompt(make(seed), seed) for seed in range(200) for make in (scene, held_out_scene)]
+    assert max(len(t5(words).input_ids) for words in prompts) <= configs.TEXT_LENGTH == t5.model_max_length
+    assert max(len(clip(words).input_ids) for words in prompts) <= CLIP_LENGTH
+
+
+def test_loading_opens_no_connection(untrained: Path) -> None:
     """Every network loads from its files alone."""
     connections: list[str] = []
     watching = [True]  # a hook cannot be taken away again
     sys.addaudithook(lambda event, _: connections.append(event) if watching and event.startswith("socket.") else None)
+    settings = Settings(miniature_dir=untrained, device="cpu")
     for load in (
         *(checkpoints.load_flux, checkpoints.load_vae, checkpoints.load_t5, checkpoints.load_clip),
         *(checkpoints.load_eva_clip, checkpoints.load_idformer, checkpoints.load_cross_attentions),
     ):
-        load(files, CPU)
+        load(located(untrained), settings)
     watching.clear()
     assert connections == []
 
 
 @torch.inference_mode()
-def test_the_whole_way_through_the_networks(files: Files) -> None:
+def test_the_whole_way_through_the_networks(untrained: Path) -> None:
     """From prompt and face to pixels every size fits, numbers stay of ordinary size, and each input counts."""
-    encoder = TextEncoder(checkpoints.load_t5(files, CPU), checkpoints.load_clip(files, CPU), {})
-    idformer, attentions = checkpoints.load_idformer(files, CPU), checkpoints.load_cross_attentions(files, CPU)
-    flux = IdentityFlux(checkpoints.load_flux(files, CPU), attentions)
-    vae = checkpoints.load_vae(files, CPU)
+    files, cpu = located(untrained), Settings(device="cpu")
+    encoder = TextEncoder(checkpoints.load_t5(files, cpu), checkpoints.load_clip(files, cpu), {})
+    idformer, attentions = checkpoints.load_idformer(files, cpu), checkpoints.load_cross_attentions(files, cpu)
+    intervals = MINIATURE.double_interval, MINIATURE.single_interval
+    flux = IdentityFlux(checkpoints.load_flux(files, cpu), attentions, *intervals)
+    vae = checkpoints.load_vae(files, cpu)
     face = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 336, 336), dtype=np.float32))
-    pooled, hidden = checkpoints.load_eva_clip(files, CPU)(face)
-    arcface = torch.ones(1, 512)
-    tokens = idformer(torch.cat((arcface, pooled / pooled.norm(dim=1, keepdim=True)), dim=1), hidden)
-    assert tokens.shape == (1, 32, 64)
+    pooled, hidden = checkpoints.load_eva_clip(files, cpu)(face)
+    tokens = idformer(torch.cat((torch.ones(1, 512), pooled / pooled.norm(dim=1, keepdim=True)), dim=1), hidden)
+    assert tokens.shape == idformer.unconditional(MINIATURE.face_tokens).shape == (1, 32, 96)
 
-    latents, ids = pack(noise(7, 32, 32)), image_ids(16, 16)
+    latents, ids = pack(noise(7, 16, 16)), image_ids(8, 8)
 
-    def velocity(prompt: str, *people: IdentityRows) -> torch.Tensor:
-        text = encoder.encode(prompt, 128)
+    def velocity(words: str, *people: IdentityRows) -> torch.Tensor:
+        text = encoder.encode(words, 128)
         given = torch.from_numpy(text.tokens)[None], torch.from_numpy(text.pooled)[None]
         return flux.predict(latents, torch.ones(1), torch.tensor([4.0]), *given, ids, people)
 
-    plain = velocity("a man")
-    assert plain.shape == (1, 256, 64)
+    plain = velocity("a person in a garden")
+    assert plain.shape == (1, 64, 64)
     assert 0.05 < plain.std() < 20
-    assert (velocity("a woman") - plain).abs().max() > 1e-3
-    assert (velocity("a man", IdentityRows(tokens, torch.ones(1, 1, 1))) - plain).abs().max() > 1e-3
-    image = vae.decode(unpack(latents - plain, 16, 16) / vae.config.scaling_factor + vae.config.shift_factor).sample
+    assert (velocity("a person in space") - plain).abs().max() > 1e-3
+    assert (velocity("a person in a garden", IdentityRows(tokens, torch.ones(1, 1, 1))) - plain).abs().max() > 1e-3
+    image = vae.decode(unpack(latents - plain, 8, 8) / vae.config.scaling_factor + vae.config.shift_factor).sample
     assert image.shape == (1, 3, 256, 256)
     assert image.clamp(-1, 1).std() > 0.1
