@@ -40,10 +40,9 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def post(tmp_path_factory):
+def post():
     """Sends people to the API; answers with status, code and detail."""
-    settings = Settings(weights_dir=tmp_path_factory.mktemp("weights"), device="cpu")
-    api = create_api(Service(settings), LimitSettings(request_seconds=60))
+    api = create_api(Service(Settings(device="cpu")), LimitSettings(request_seconds=60))
 
     def post(**person):
         async def go():

@@ -291,11 +291,8 @@ def _rows() -> list[str]:
 def test_twenty_rows_two_of_them_bad(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     """`ray job submit` makes 18 pictures and 2 error rows of 20 rows, in order; a picture is the one flow.py makes."""
     given, output, store = _write(tmp_path / "in.jsonl", *_rows()), tmp_path / "out.jsonl", tmp_path / "pictures"
-    weights = {"PULID_WEIGHTS_DIR": str(tmp_path / "weights")}
-    address, environment = cluster
-    command = ["env", *(f"{name}={value}" for name, value in weights.items())]
-    command += ["python", "-m", "cluster.jobs.batch", "--input", given, "--output", str(output)]
-    done = _submit((address, environment), *command, "--store", store.as_uri())
+    command = ["python", "-m", "cluster.jobs.batch", "--input", given, "--output", str(output)]
+    done = _submit(cluster, *command, "--store", store.as_uri())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "18 pictures, 2 errors" in done.stdout
     assert "portrait" not in done.stdout + done.stderr
@@ -307,7 +304,7 @@ def test_twenty_rows_two_of_them_bad(cluster: tuple[str, dict[str, str]], tmp_pa
     assert len({picture.read_bytes() for picture in pictures}) == 18
     assert not output.with_name("out.jsonl.part").exists()
 
-    settings = Settings.from_environment(weights, store__url=store.as_uri())
+    settings = Settings.from_environment({}, store__url=store.as_uri())
     request = Request.model_validate_json(_rows()[5])
     (drawn,) = flow.chain(request, flow.load_stages(settings))
     assert open_store(settings.store).content(results[5]["id"], 0).data == drawn.data

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import socket
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -52,7 +53,7 @@ BODIES = {
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("same-pixels")
-    return Settings.from_environment({}, weights_dir=folder, device="cpu", store__url=f"file://{folder}/pictures")
+    return Settings.from_environment({}, device="cpu", store__url=f"file://{folder}")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_a_store_that_refuses(client, bucket, fault, code):
 
 
 def test_the_expected_pictures_are_pictures(expected, settings):
-    """What is compared is noise with contrast, not one colour."""
-    paths = [path for path in (settings.weights_dir / "pictures").rglob("0.png")]
+    """What is compared has contrast, and is not one colour."""
+    paths = list(Path(settings.store.url.removeprefix("file://")).rglob("0.png"))
     assert paths
     assert all(np.asarray(Image.open(path)).std() > 10 for path in paths)
