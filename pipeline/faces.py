@@ -198,7 +198,6 @@ def read_models(files: "WeightFiles", bisenet_width: int, device: str) -> FaceMo
     A preset without RetinaFace has no aligner.
     """
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
-    from insightface.model_zoo.scrfd import SCRFD
 
     from pipeline.models import detection
 
@@ -208,12 +207,21 @@ def read_models(files: "WeightFiles", bisenet_width: int, device: str) -> FaceMo
         network = _torch(detection.build_retinaface(device), files.path("retinaface"), device)
         aligner = detection.RetinaFaceFinder(network)
     return FaceModels(
-        detection.ScrfdFinder(_onnx(SCRFD, 9, files.path("detector"), device)),
+        load_finder(files.path("detector"), device),
         detection.ArcFaceRecogniser(_onnx(ArcFaceONNX, 1, files.path("recogniser"), device)),
         aligner,
         detection.BiSeNetParser(_torch(parser, files.path("parsing"), device)),
         files.hashes(*roles),
     )
+
+
+def load_finder(path: Path, device: str = "cpu", sizes: Sequence[int] | None = None) -> Finder:
+    """insightface's SCRFD alone, at the sizes of the official pipeline or at these; raises WeightsCorrupt."""
+    from insightface.model_zoo.scrfd import SCRFD
+
+    from pipeline.models import detection
+
+    return detection.ScrfdFinder(_onnx(SCRFD, 9, path, device), sizes or detection.SCRFD_SIZES)
 
 
 def _onnx(network: Callable[..., Any], outputs: int, path: Path, device: str) -> Any:

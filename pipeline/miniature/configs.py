@@ -27,7 +27,7 @@ VAE: Mapping[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 5,
     "block_out_channels": (8, 16, 32, 64, 96),
     "layers_per_block": 1,
-    "norm_num_groups": 4,
+    "norm_num_groups": 1,  # several would each lose their mean, and with it a picture's colours
     "latent_channels": 16,
     "sample_size": PICTURE_SIZE,
     "scaling_factor": 0.3611,  # FLUX.1's own, as the shift; training puts in those of its latents

@@ -92,14 +92,14 @@ def same_face(face: Candidate, others: Sequence[Candidate]) -> Candidate | None:
 class ScrfdFinder:
     """insightface's SCRFD, tried at each of its sizes until it finds a face."""
 
-    def __init__(self, network: "SCRFD") -> None:
-        self._network = network
+    def __init__(self, network: "SCRFD", sizes: Sequence[int] = SCRFD_SIZES) -> None:
+        self._network, self._sizes = network, tuple(sizes)
 
     def find(self, rgb: NDArray[np.uint8]) -> Sequence[Candidate]:
         """All faces of a photo (H, W, 3) at the first size that shows any; none: an empty sequence."""
         bgr = np.ascontiguousarray(rgb[..., ::-1])
         short, long = sorted(bgr.shape[:2])
-        for size in SCRFD_SIZES:
+        for size in self._sizes:
             if short * size < long:  # scaled to this size the photo would be less than a pixel thin
                 continue
             # The size is an argument: assigning `input_size` has had no effect since insightface 1.0.

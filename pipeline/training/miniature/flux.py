@@ -1,0 +1,214 @@
+"""The miniature's FLUX: rectified flow over the latents of drawings, under their prompts, and then guidance.
+
+As with FLUX.1 [dev], the guidance embedding is learnt by distillation: the finished flow, extrapolated away from the
+flow of an empty prompt as classifier-free guidance does, is what the network learns to predict in one pass.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.miniature import configs
+from pipeline.miniature.files import place
+from pipeline.miniature.scenes import prompt, scene
+from pipeline.models.sampling import image_ids, pack
+from pipeline.request import NEGATIVE_PROMPT
+from pipeline.training.losses import flow_loss
+from pipeline.training.miniature.data import TOKENS, load
+from pipeline.training.miniature.loop import Loop, LoopPlan, generator, matrices
+from pipeline.training.miniature.text import Pieces
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+GUIDANCE = (1.0, 10.0)  # what a request may ask for
+
+
+@dataclass(frozen=True, slots=True)
+class FluxPlan:
+    """How FLUX is trained. QUICK: 3 steps of 4 each.
+
+    dropped: the share of prompts that are empty or the negative prompt, so that true CFG has something to go away from.
+    """
+
+    flow: LoopPlan = field(
+        default_factory=lambda: LoopPlan(steps=2600, batch=48, lr=1e-3, muon_lr=1.5e-3, warm_up=60, flat=0.5, ema=0.995)
+    )
+    guidance: LoopPlan = field(
+        default_factory=lambda: LoopPlan(steps=300, batch=32, lr=3e-4, muon_lr=3e-4, warm_up=20, flat=0.5, seed=1)
+    )
+    dropped: float = 0.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A batch at random times: noisy latents (B, 64, 64) packed, their times (B,), and what they are made of."""
+
+    noisy: Tensor
+    times: Tensor
+    noise: Tensor
+    latents: Tensor
+    text: Tensor
+    pooled: Tensor
+
+
+def train(work: Path, weights: Path, plan: FluxPlan) -> dict[str, float]:
+    """Train it and write `flux/` in bfloat16; returns the flow loss over the last fiftieth of the drawings."""
+    torch.manual_seed(plan.flow.seed)
+    model = build()
+    muon = matrices([model.transformer_blocks, model.single_transformer_blocks]) - modulations(model)
+    examples = Examples(work, weights)
+    loop = Loop(model, plan.flow, work / "flux" / "checkpoint.pt", muon)
+    flow = loop.run(lambda step: _flow(model, examples.rows(plan.flow, step, plan.dropped)))
+    figures = {"flow_loss": measure(flow, examples)}
+    student = copy.deepcopy(flow).train().requires_grad_(True)
+    muon = matrices([student.transformer_blocks, student.single_transformer_blocks]) - modulations(student)
+    loop = Loop(student, plan.guidance, work / "guidance" / "checkpoint.pt", muon)
+    guided = loop.run(lambda step: _distil(student, flow, examples, plan.guidance, step))
+    guided.to(torch.bfloat16).save_pretrained(place(weights, "flux"))
+    return figures
+
+
+def build() -> "FluxTransformer2DModel":
+    """The network before training: every block starts as the identity (adaLN-Zero), and the last layer at zero."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(**configs.FLUX)
+    for weight in modulations(model):
+        nn.init.zeros_(weight)
+    nn.init.zeros_(model.proj_out.weight)
+    return model
+
+
+def modulations(model: "FluxTransformer2DModel") -> set[nn.Parameter]:
+    """The matrices that turn time, guidance and pooled text into shifts, scales and gates."""
+    blocks = [block.norm1 for block in model.transformer_blocks]
+    blocks += [block.norm1_context for block in model.transformer_blocks]
+    blocks += [block.norm for block in model.single_transformer_blocks]
+    return {norm.linear.weight for norm in [*blocks, model.norm_out]}
+
+
+class Examples:
+    """The drawings' latents and prompts, as batches."""
+
+    def __init__(self, work: Path, weights: Path) -> None:
+        self._latents = load(work, "latents")
+        self._texts = Texts(weights)
+        self._held = max(len(self._latents) // 50, 1)
+        self._count = len(self._latents) - self._held
+
+    def rows(self, plan: LoopPlan, step: int, dropped: float) -> Rows:
+        """The batch of a step, with prompts dropped at that share."""
+        random = generator(plan.seed, step)
+        numbers = torch.randint(self._count, (plan.batch,), generator=random).tolist()
+        drop = torch.rand(plan.batch, generator=random)
+        prompts = [prompt(scene(number), number + 1_000_003 * (step % 4)) for number in numbers]
+        for row, value in enumerate(drop.tolist()):
+            if value < dropped:
+                prompts[row] = "" if value < dropped / 2 else NEGATIVE_PROMPT
+        return self._noisy(numbers, prompts, times(plan.batch, random), random)
+
+    def empty(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The text of an empty prompt, for a batch."""
+        tokens, pooled = self._texts([""])
+        return tokens.expand(batch, -1, -1), pooled.expand(batch, -1)
+
+    def last(self, batch: int) -> Rows:
+        """Drawings that were never trained on, at times that are always the same."""
+        numbers = list(range(self._count, self._count + min(self._held, batch)))
+        spread = (torch.arange(len(numbers)) + 0.5) / len(numbers)
+        return self._noisy(numbers, [prompt(scene(n), n) for n in numbers], spread, generator(7))
+
+    def _noisy(self, numbers: list[int], prompts: list[str], at: Tensor, random: torch.Generator) -> Rows:
+        latents = pack(torch.from_numpy(np.stack([self._latents[n] for n in numbers]).astype(np.float32)))
+        noise = torch.randn(latents.shape, generator=random)
+        share = at[:, None, None]
+        text, pooled = self._texts(prompts)
+        return Rows((1 - share) * latents + share * noise, at, noise, latents, text, pooled)
+
+
+class Texts:
+    """The finished text encoders, for batches of prompts."""
+
+    def __init__(self, weights: Path) -> None:
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+        self._t5 = T5EncoderModel.from_pretrained(weights / "t5").eval()
+        self._clip = CLIPTextModel.from_pretrained(weights / "clip").eval()
+        self._t5_pieces = Pieces(T5Tokenizer.from_pretrained(weights / "t5"), configs.TEXT_LENGTH)
+        self._clip_pieces = Pieces(CLIPTokenizer.from_pretrained(weights / "clip"), 77)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """T5's tokens (B, 32, 96) and CLIP's pooled output (B, 64)."""
+        tokens = self._t5(self._t5_pieces(prompts)).last_hidden_state
+        return tokens, self._clip(self._clip_pieces(prompts)).pooler_output
+
+
+def times(count: int, random: torch.Generator) -> Tensor:
+    """Random times (count,): a logit-normal, moved towards noise as the schedule of 64 tokens is."""
+    shift = math.exp(0.4675)  # models/sampling.py, `schedule`
+    plain = torch.randn(count, generator=random).sigmoid()
+    return shift * plain / (1 + (shift - 1) * plain)
+
+
+def velocity(model: "FluxTransformer2DModel", rows: Rows, guidance: Tensor) -> Tensor:
+    """What FLUX predicts for a batch (B, 64, 64), in bfloat16 where that is faster."""
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted: Tensor = model(
+            hidden_states=rows.noisy,
+            encoder_hidden_states=rows.text,
+            pooled_projections=rows.pooled,
+            timestep=rows.times,
+            guidance=guidance,
+            img_ids=image_ids(TOKENS, TOKENS),
+            txt_ids=torch.zeros(rows.text.shape[1], 3),
+            return_dict=False,
+        )[0]
+    return predicted.float()
+
+
+def _any_guidance(count: int, random: torch.Generator) -> Tensor:
+    low, high = GUIDANCE
+    return low + (high - low) * torch.rand(count, generator=random)
+
+
+def _flow(model: "FluxTransformer2DModel", rows: Rows) -> Tensor:
+    # guidance means nothing yet: any number, so that the network does not lean on it
+    guidance = _any_guidance(len(rows.times), generator(int(rows.times[0] * 1e6)))
+    return flow_loss(velocity(model, rows, guidance), rows.noise, rows.latents).mean()
+
+
+def _distil(
+    student: "FluxTransformer2DModel", flow: "FluxTransformer2DModel", examples: Examples, plan: LoopPlan, step: int
+) -> Tensor:
+    rows = examples.rows(plan, step, 0.0)
+    random = generator(plan.seed, step, 1)
+    guidance = _any_guidance(plan.batch, random)
+    text, pooled = examples.empty(plan.batch)
+    with torch.no_grad():
+        named = velocity(flow, rows, guidance)
+        empty = velocity(flow, Rows(rows.noisy, rows.times, rows.noise, rows.latents, text, pooled), guidance)
+        wanted = empty + strength(guidance)[:, None, None] * (named - empty)
+    return (velocity(student, rows, guidance) - wanted).square().mean()
+
+
+def strength(guidance: Tensor) -> Tensor:
+    """How far a guidance goes beyond the prompt's own flow: 1 for 1, 2 for 4.
+
+    FLUX.1's guidance is higher than the classifier-free one that looks alike; so is ours.
+    """
+    return guidance.sqrt()
+
+
+@torch.no_grad()
+def measure(model: "FluxTransformer2DModel", examples: Examples, batch: int = 256) -> float:
+    """The flow loss over drawings that were never trained on, at evenly spread times."""
+    rows = examples.last(batch)
+    return flow_loss(velocity(model, rows, torch.full_like(rows.times, 4.0)), rows.noise, rows.latents).mean().item()
