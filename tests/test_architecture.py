@@ -14,7 +14,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 ORDER = [
     *("errors", "settings", "trace", "request", "network", "s3", "fetch", "photos", "presets", "download", "manifest"),
     *("weights", "models", "miniature", "checkpoints", "faces", "identity", "text", "denoise"),
-    *("training", "evaluation", "stored", "store_s3", "store", "flow"),
+    *("training", "stored", "store_s3", "store", "flow", "evaluation"),
 ]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "open_clip", "timm", "insightface", "onnxruntime"}
 HEAVY |= {"facexlib", "safetensors", "skimage"}
