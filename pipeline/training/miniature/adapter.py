@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline import checkpoints
 from pipeline.miniature.files import place
 from pipeline.miniature.scenes import prompt, scene
 from pipeline.models.flux import IdentityFlux
@@ -23,6 +24,7 @@ from pipeline.models.sizes import MINIATURE
 from pipeline.training.config import HIGH_NOISE, TrainingConfig
 from pipeline.training.examples import Batch, Prompts
 from pipeline.training.miniature.data import DataPlan, load
+from pipeline.training.miniature.finished import finished
 from pipeline.training.miniature.flux import Texts
 from pipeline.training.miniature.idformer import References
 from pipeline.training.networks import Networks, locate_with, new_pulid
@@ -163,13 +165,12 @@ def _recent(totals: Mapping[str, list[float]], count: int = 20) -> dict[str, flo
 
 def trainer_of(work: Path, weights: Path, config: TrainingConfig, data: DataPlan, prompts: int) -> Trainer:
     """The trainer of a stage, with the miniature's finished networks."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
     from safetensors.torch import load_file
 
     from pipeline.faces import load_finder
     from pipeline.training.miniature.recogniser import load_training_recogniser
 
-    transformer = FluxTransformer2DModel.from_pretrained(weights / "flux").float()
+    transformer = checkpoints.load_flux(*finished(weights))
     intervals = (MINIATURE.double_interval, MINIATURE.single_interval)
     doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     count = -(-doubles // intervals[0]) + -(-singles // intervals[1])
@@ -179,7 +180,7 @@ def trainer_of(work: Path, weights: Path, config: TrainingConfig, data: DataPlan
     networks = Networks(
         IdentityFlux(transformer, attentions, *intervals),
         former,
-        vae=AutoencoderKL.from_pretrained(weights / "vae").to(memory_format=torch.channels_last),
+        vae=checkpoints.load_vae(*finished(weights)),
         recogniser=recogniser,
         locate=locate_with(load_finder(place(weights, "detector"), sizes=(256,))),
     )

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline import checkpoints
 from pipeline.miniature.files import place
 from pipeline.miniature.people import Person, person
 from pipeline.miniature.scenes import Scene, prompt, scene
 from pipeline.miniature.world import Drawing, draw
 from pipeline.models.alignment import ARCFACE_SIZE, FFHQ_SIZE, FFHQ_TEMPLATE, arcface_crop, ffhq_crop, similarity
 from pipeline.models.face_features import BACKGROUND_LABELS, gray_on_white
+from pipeline.training.miniature.finished import finished
 from pipeline.training.miniature.recogniser import as_input, load_training_recogniser, production_recogniser
 from pipeline.training.miniature.recogniser_networks import EMBEDDING
 from pipeline.training.miniature.vae import tensors
@@ -60,9 +62,7 @@ def make_latents(work: Path, weights: Path, plan: DataPlan, batch: int = 8) -> d
 
     face_share is the part of each image token that shows the person: face, hair, glasses, earrings.
     """
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(weights / "vae").to(memory_format=torch.channels_last)
+    vae = checkpoints.load_vae(*finished(weights))
     latents = _array(work, "latents", (plan.count, 16, 16, 16), np.float16)
     shares = _array(work, "face_share", (plan.count, TOKENS * TOKENS), np.float16)
     for rows in _batches(plan.count, batch):
@@ -86,7 +86,8 @@ def face_share(labels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The part of each image token (64,) that shows the person, from labels (256, 256)."""
     shows = ~np.isin(labels, [label for label in BACKGROUND_LABELS if label not in (7, 8, 9)])
     edge = labels.shape[0] // TOKENS
-    return shows.reshape(TOKENS, edge, TOKENS, edge).mean(axis=(1, 3), dtype=np.float32).reshape(-1)
+    shares: NDArray[np.float32] = shows.reshape(TOKENS, edge, TOKENS, edge).mean(axis=(1, 3), dtype=np.float32)
+    return shares.reshape(-1)
 
 
 def make_faces(work: Path, weights: Path, plan: DataPlan) -> dict[str, float]:  # noqa: ARG001 - as all stages
@@ -137,13 +138,15 @@ def quantised(gray: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def load(work: Path, name: str) -> NDArray[Any]:
     """One of the arrays, read as it is needed."""
-    return np.load(work / "data" / f"{name}.npy", mmap_mode="r")
+    array: NDArray[Any] = np.load(work / "data" / f"{name}.npy", mmap_mode="r")
+    return array
 
 
-def _array(work: Path, name: str, shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+def _array(work: Path, name: str, shape: tuple[int, ...], kind: Any) -> "np.memmap[Any, Any]":
     folder = work / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+    array: np.memmap[Any, Any] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+    return array
 
 
 def _batches(count: int, size: int) -> Iterator[range]:

@@ -48,7 +48,8 @@ def train(work: Path, weights: Path, plan: EvaPlan, data: DataPlan) -> dict[str,
         who = torch.randperm(people, generator=random)[: plan.loop.batch].repeat(2)
         which = torch.randint(data.pictures, (len(who),), generator=random)
         faces = torch.from_numpy(np.stack([features[n] for n in (who * data.pictures + which).tolist()]))
-        return teller(normalise(faces.float() / 255), vectors[who])
+        loss: Tensor = teller(normalise(faces.float() / 255), vectors[who])
+        return loss
 
     loop = Loop(teller, plan.loop, work / "eva" / "checkpoint.pt", matrices([teller.tower.trunk.blocks]))
     averaged = loop.run(loss_at)

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline import checkpoints
 from pipeline.miniature import configs
 from pipeline.miniature.files import place
 from pipeline.miniature.scenes import prompt, scene
 from pipeline.models.sampling import image_ids, pack
 from pipeline.request import NEGATIVE_PROMPT
+from pipeline.text import CLIP_LENGTH
 from pipeline.training.losses import flow_loss
 from pipeline.training.miniature.data import TOKENS, load
+from pipeline.training.miniature.finished import finished
 from pipeline.training.miniature.loop import Loop, LoopPlan, generator, matrices
 from pipeline.training.miniature.text import Pieces
 
@@ -38,10 +41,10 @@ class FluxPlan:
     """
 
     flow: LoopPlan = field(
-        default_factory=lambda: LoopPlan(steps=2600, batch=48, lr=1e-3, muon_lr=1.5e-3, warm_up=60, flat=0.5, ema=0.995)
+        default_factory=lambda: LoopPlan(steps=2200, batch=48, lr=1e-3, muon_lr=1.5e-3, warm_up=60, flat=0.5, ema=0.995)
     )
     guidance: LoopPlan = field(
-        default_factory=lambda: LoopPlan(steps=300, batch=32, lr=3e-4, muon_lr=3e-4, warm_up=20, flat=0.5, seed=1)
+        default_factory=lambda: LoopPlan(steps=250, batch=32, lr=3e-4, muon_lr=3e-4, warm_up=20, flat=0.5, seed=1)
     )
     dropped: float = 0.1
 
@@ -65,7 +68,7 @@ def train(work: Path, weights: Path, plan: FluxPlan) -> dict[str, float]:
     muon = matrices([model.transformer_blocks, model.single_transformer_blocks]) - modulations(model)
     examples = Examples(work, weights)
     loop = Loop(model, plan.flow, work / "flux" / "checkpoint.pt", muon)
-    flow = loop.run(lambda step: _flow(model, examples.rows(plan.flow, step, plan.dropped)))
+    flow = loop.run(lambda step: _flow(model, examples, plan, step))
     figures = {"flow_loss": measure(flow, examples)}
     student = copy.deepcopy(flow).train().requires_grad_(True)
     muon = matrices([student.transformer_blocks, student.single_transformer_blocks]) - modulations(student)
@@ -137,12 +140,10 @@ class Texts:
     """The finished text encoders, for batches of prompts."""
 
     def __init__(self, weights: Path) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-        self._t5 = T5EncoderModel.from_pretrained(weights / "t5").eval()
-        self._clip = CLIPTextModel.from_pretrained(weights / "clip").eval()
-        self._t5_pieces = Pieces(T5Tokenizer.from_pretrained(weights / "t5"), configs.TEXT_LENGTH)
-        self._clip_pieces = Pieces(CLIPTokenizer.from_pretrained(weights / "clip"), 77)
+        t5_tokenizer, self._t5 = checkpoints.load_t5(*finished(weights))
+        clip_tokenizer, self._clip = checkpoints.load_clip(*finished(weights))
+        self._t5_pieces = Pieces(t5_tokenizer, configs.TEXT_LENGTH)
+        self._clip_pieces = Pieces(clip_tokenizer, CLIP_LENGTH)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -179,9 +180,10 @@ def _any_guidance(count: int, random: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=random)
 
 
-def _flow(model: "FluxTransformer2DModel", rows: Rows) -> Tensor:
+def _flow(model: "FluxTransformer2DModel", examples: Examples, plan: FluxPlan, step: int) -> Tensor:
+    rows = examples.rows(plan.flow, step, plan.dropped)
     # guidance means nothing yet: any number, so that the network does not lean on it
-    guidance = _any_guidance(len(rows.times), generator(int(rows.times[0] * 1e6)))
+    guidance = _any_guidance(plan.flow.batch, generator(plan.flow.seed, step, 1))
     return flow_loss(velocity(model, rows, guidance), rows.noise, rows.latents).mean()
 
 

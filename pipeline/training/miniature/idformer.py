@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, relu
 
+from pipeline import checkpoints
 from pipeline.identity import id_cond
-from pipeline.miniature.files import place
-from pipeline.models.eva_clip import EvaClip
 from pipeline.models.face_features import normalise
 from pipeline.models.pulid import IDFormer
 from pipeline.models.sizes import MINIATURE
 from pipeline.training.miniature.data import DataPlan, load
 from pipeline.training.miniature.eva import known_vectors
+from pipeline.training.miniature.finished import finished
 from pipeline.training.miniature.loop import Loop, LoopPlan, generator, matrices
 
 OWN = 24  # numbers that each token has to know for itself
@@ -53,7 +53,8 @@ def train(work: Path, weights: Path, plan: IdformerPlan, data: DataPlan) -> dict
         random = generator(plan.loop.seed, step)
         who = torch.randperm(people, generator=random)[: plan.loop.batch]
         which = torch.randint(data.pictures, (len(who),), generator=random)
-        return holder(*references((who * data.pictures + which).tolist()), targets[who], random)
+        loss: Tensor = holder(*references((who * data.pictures + which).tolist()), targets[who], random)
+        return loss
 
     muon = matrices([former.layers])
     averaged = Loop(holder, plan.loop, work / "idformer" / "checkpoint.pt", muon).run(loss_at)
@@ -65,12 +66,8 @@ class References:
     """The reference photos as IDFormer sees them: the finished recogniser's and tower's outputs."""
 
     def __init__(self, work: Path, weights: Path) -> None:
-        from safetensors.torch import load_file
-
         self._features, self.embeddings = load(work, "features"), load(work, "embeddings")
-        state = load_file(place(weights, "eva_clip"))
-        state = {name.removeprefix("visual.trunk."): tensor for name, tensor in state.items()}
-        self._tower = EvaClip.from_state_dict(state, **MINIATURE.eva_clip)
+        self._tower = checkpoints.load_eva_clip(*finished(weights))
 
     @torch.no_grad()
     def __call__(self, numbers: list[int]) -> tuple[Tensor, Tensor, list[Tensor]]:

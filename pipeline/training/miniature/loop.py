@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
 
@@ -42,14 +43,15 @@ class LoopPlan:
 def matrices(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
     """The weights of all linear and convolution layers below these modules: what Muon, made for matrices, takes."""
     kinds = (nn.Linear, nn.Conv2d)
-    return {layer.weight for module in modules for layer in module.modules() if isinstance(layer, kinds)}
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, kinds))
+    return {weight for layer in layers if isinstance(weight := layer.weight, nn.Parameter)}
 
 
-class Loop:
+class Loop(Generic[Module]):
     """Trains a module's parameters step by step; keeps their moving average; saves itself and finds itself again."""
 
     def __init__(
-        self, module: nn.Module, plan: LoopPlan, checkpoint: Path | None = None, muon: Iterable[nn.Parameter] = ()
+        self, module: Module, plan: LoopPlan, checkpoint: Path | None = None, muon: Iterable[nn.Parameter] = ()
     ) -> None:
         """`muon`: the parameters that Muon trains; AdamW trains the rest. `checkpoint`: the file to resume from."""
         self.module, self.plan, self.step = module, plan, 0
@@ -69,14 +71,14 @@ class Loop:
         if checkpoint is not None and checkpoint.exists():
             self._restore(torch.load(checkpoint, weights_only=True))
 
-    def run(self, loss_at: Callable[[int], Tensor]) -> nn.Module:
+    def run(self, loss_at: Callable[[int], Tensor]) -> Module:
         """Take the steps that are left; `loss_at(step)` draws that step's batch. Returns the averaged module.
 
         A batch must follow from its step alone: then a loop that was cut ends as if it had not been.
         """
         for step in range(self.step, self.plan.steps):
             loss = loss_at(step)
-            loss.backward()
+            torch.autograd.backward(loss)
             self._update(step)
             self.step = step + 1
             if step % 25 == 0:

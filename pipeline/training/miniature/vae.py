@@ -73,7 +73,8 @@ class _Losses(nn.Module):
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         mean, logvar = posterior.mean, posterior.logvar
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + self._divergence * divergence
+        loss: Tensor = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + self._divergence * divergence
+        return loss
 
 
 def _batch(plan: LoopPlan, step: int) -> Tensor:
