@@ -1,0 +1,139 @@
+"""The miniature's training, all of it, a few steps a stage."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import flow
+from pipeline.miniature.people import person
+from pipeline.miniature.scenes import scene
+from pipeline.miniature.world import draw
+from pipeline.request import Request
+from pipeline.settings import Settings
+from pipeline.training.miniature import build
+from pipeline.training.miniature.data import DataPlan, face_share
+from pipeline.training.miniature.loop import Loop, LoopPlan, generator, matrices
+from pipeline.training.miniature.plan import QUICK
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    work, weights = folder / "work", folder / "weights"
+    work.mkdir()
+    weights.mkdir()
+    return work, weights, build.run_all(work, weights, QUICK)
+
+
+def test_every_stage_runs_and_tells_its_figures(built):
+    """From nothing to a whole miniature: every stage of the table leaves finite figures and its seconds."""
+    work, _, figures = built
+    assert figures.keys() == {stage.name for stage in build.STAGES}
+    for name, values in figures.items():
+        assert values[f"{name}_seconds"] > 0
+        assert all(math.isfinite(value) for value in values.values())
+    assert build.remembered(work, QUICK).keys() == figures.keys()
+
+
+def test_what_was_built_draws_a_picture(built):
+    """The files load through production's loaders, and make a picture without and with the identity tokens."""
+    _, weights, _ = built
+    stages = flow.load_stages(Settings(preset="miniature", miniature_dir=weights, device="cpu"))
+    request = Request(prompt="a person in the snow", width=256, height=256, num_steps=2, seed=1)
+    (picture,) = flow.chain(request, stages)
+    assert (picture.width, picture.height) == (256, 256)
+    assert {name.split("/")[0] for name in picture.trace.models} >= {"flux", "vae", "pulid", "t5", "clip"}
+
+
+def test_a_stage_that_is_done_is_not_run_again(built):
+    """A second run finds every stage done; a changed part of the plan undoes its stage and those that read from it."""
+    work, _, figures = built
+    assert list(build.ready(set(build.remembered(work, QUICK)), set())) == []
+    other = dataclasses.replace(QUICK, eva=dataclasses.replace(QUICK.eva, measured=7))
+    undone = figures.keys() - build.remembered(work, other).keys()
+    assert undone == {"eva", "idformer", "flow", "identity", "alignment"}
+
+
+def test_stages_begin_when_what_they_need_is_done():
+    """Nothing begins before its needs, nothing twice, and in the end nothing is left."""
+    done: set[str] = set()
+    while stages := list(build.ready(done, set())):
+        assert all(set(stage.needs) <= done for stage in stages)
+        assert stages[0].name not in {stage.name for stage in build.ready(done, {stages[0].name})}
+        done.add(stages[0].name)
+    assert done == {stage.name for stage in build.STAGES}
+
+
+class Noisy(nn.Module):
+    """A convolution and a matrix with a target that depends on the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 3, 3), nn.Linear(3, 2)
+
+    def loss_at(self, step):
+        x = torch.randn(4, 2, 5, 5, generator=generator(3, step))
+        return (self.linear(self.conv(x).mean(dim=(2, 3))) - x.mean(dim=(2, 3))).square().mean()
+
+
+def trained(path, steps_first=None):
+    plan = LoopPlan(steps=8, batch=4, lr=1e-2, muon_lr=1e-2, warm_up=2, save_every=3)
+    torch.manual_seed(0)
+    module = Noisy()
+
+    def loss_at(step):
+        if step == steps_first:
+            raise KeyboardInterrupt
+        return module.loss_at(step)
+
+    return Loop(module, plan, path, matrices([module])).run(loss_at)
+
+
+def test_a_loop_that_was_cut_ends_as_if_it_had_not_been(tmp_path):
+    """Cut at step 5, taken up from what was saved at step 3: every averaged weight is the same in every bit."""
+    whole = trained(tmp_path / "whole" / "c.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut" / "c.pt", steps_first=5)
+    again = trained(tmp_path / "cut" / "c.pt")
+    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_muon_moves_convolutions_through_a_flat_view():
+    """A convolution's own weight changes although Muon is given a matrix: they share their memory."""
+    before = Noisy()
+    torch.manual_seed(0)
+    start = Noisy().conv.weight.detach().clone()
+    torch.manual_seed(0)
+    module = Noisy()
+    Loop(module, LoopPlan(steps=1, batch=4, lr=0.0, muon_lr=1e-2, warm_up=1), None, matrices([module])).run(
+        module.loss_at
+    )
+    assert before.conv.weight.shape == module.conv.weight.shape
+    assert not torch.equal(module.conv.weight, start)
+
+
+def test_rates_rise_stay_and_fall():
+    """The learning rate rises over the warm-up, stays until `flat`, and ends near zero."""
+    plan = LoopPlan(steps=100, batch=1, lr=1.0, warm_up=10, flat=0.5)
+    assert plan.rate(0) == pytest.approx(0.1)
+    assert plan.rate(10) == plan.rate(50) == 1.0
+    assert plan.rate(75) == pytest.approx(0.5)
+    assert plan.rate(99) == pytest.approx(0.02)
+
+
+def test_the_share_of_the_face_is_where_the_face_is():
+    """Tokens in the middle of a drawing show the person, those in the upper corners do not."""
+    share = face_share(draw(person(1), scene(1, x=0.0, y=0.0, hat="none")).labels).reshape(8, 8)
+    assert share[4, 4] > 0.9
+    assert share[0, 0] == share[0, 7] == 0
+
+
+def test_a_plan_is_told_in_json():
+    """A plan is remembered as JSON, numbers and all."""
+    assert json.loads(json.dumps(dataclasses.asdict(QUICK)))["data"] == {"people": 8, "pictures": 2}
+    assert DataPlan(people=8, pictures=2).count == 16
