@@ -74,9 +74,11 @@ class Loop(Generic[Module]):
     def run(self, loss_at: Callable[[int], Tensor]) -> Module:
         """Take the steps that are left; `loss_at(step)` draws that step's batch. Returns the averaged module.
 
-        A batch must follow from its step alone: then a loop that was cut ends as if it had not been.
+        A batch must follow from its step alone: then a loop that was cut ends as if it had not been. torch's own
+        random numbers do.
         """
         for step in range(self.step, self.plan.steps):
+            torch.manual_seed(self.plan.seed * 1_000_003 + step)
             loss = loss_at(step)
             torch.autograd.backward(loss)
             self._update(step)

@@ -40,7 +40,7 @@ _ROUND = {"batch_size": 4, "id_batch_size": 2, "align_batch_size": 2, "steps": 2
 FULL = Plan()
 QUICK = Plan(
     data=DataPlan(people=8, pictures=2),
-    vae=VaePlan(_few(3, 2), measured=3),
+    vae=VaePlan(_few(3, 2, 1e-3), _few(2, 2, 1e-3), measured=3),
     text=TextPlan(_few(2, 4), _few(2, 4), measured=10),
     detector=DetectorPlan(steps=30, people=20, examined=4),
     recogniser=RecogniserPlan(people=24, drawings=2, steps=3, batch=16, held_out=8),
