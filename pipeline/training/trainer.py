@@ -138,9 +138,13 @@ class Trainer:
         self.step = state["step"]
 
     def load_weights(self, path: Path) -> None:
-        """Start from the mean weights of another training's checkpoint: the stage before this one."""
-        state = _read(path, self.networks.device)
-        _copy(state["ema"], self.weights)
+        """Start from the mean weights of another training's checkpoint, or from a `pulid_flux_*.safetensors`."""
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            _copy(load_file(path), self.weights)
+        else:
+            _copy(_read(path, self.networks.device)["ema"], self.weights)
         self.ema = Ema(self.weights, self.config.ema)
 
     def save_pulid(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
