@@ -38,8 +38,8 @@ class ParserPlan:
     A quick run: half_steps=3, whole_steps=2, batch=4, held_out=4; three seconds.
     """
 
-    half_steps: int = 800
-    whole_steps: int = 100
+    half_steps: int = 400
+    whole_steps: int = 40
     batch: int = 8  # not fewer: some of BiSeNet's batch norms see one value per picture
     rate: float = 4e-3
     held_out: int = 120

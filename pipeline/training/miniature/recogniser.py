@@ -56,7 +56,7 @@ class RecogniserPlan:
 
     people: int = 1600
     drawings: int = 6
-    steps: int = 1600
+    steps: int = 1000
     batch: int = 64
     rate: float = 2e-3
     held_out: int = 120
@@ -75,7 +75,7 @@ class Centres(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(P, VECTOR_SIZE) -> directions of unit length with a mean of nought over the people, (P, 512)."""
-        centres = self.layers(vectors)
+        centres = self.layers(vectors).float()
         return normalize(centres - centres.mean(dim=0))
 
 
@@ -168,10 +168,9 @@ def learn(network: nn.Module, crops: NDArray[np.uint8], vectors: Tensor, plan: R
         rows = rng.permutation(len(crops))[: plan.batch]
         pictures = as_input(batch(crops, rows, rng)).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            embeddings = network(pictures)  # (B, 512)
-        embeddings = embeddings.float()
+            embeddings, directions = network(pictures).float(), centres(vectors)  # (B, 512), (P, 512)
         people = torch.from_numpy(rows)
-        loss = cosface_loss(embeddings, centres(vectors), people)
+        loss = cosface_loss(embeddings, directions, people)
         loss = loss + VECTOR_WEIGHT * mse_loss(reader(embeddings), vectors[people])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
