@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread per process: two cores and several processes otherwise wait for each other at every barrier.
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lock render serve bench
+.PHONY: help setup demo test test-fast check format lock render serve bench evaluate sheet
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -49,3 +49,9 @@ serve: setup  ## the service on http://127.0.0.1:8000 (preset miniature, picture
 
 bench: setup  ## seconds per stage, and the overhead of HTTP and Ray
 	$(BIN)/python -m bench.stages
+
+evaluate: setup  ## likeness, adherence and colours over 60 people that nothing was trained on (minutes)
+	$(BIN)/pulid evaluate --json evaluation.json
+
+sheet: setup  ## the pictures of the README: docs/images/sheet.png, mixed.png, together.png, tradeoff.png
+	$(BIN)/python -m cluster.sheet docs/images

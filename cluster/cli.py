@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster import weights_cli
+from cluster import evaluate_cli, weights_cli
 from cluster.local import check, check_port, free_port, running
 from pipeline.errors import InvalidRequest, PipelineError, SettingsInvalid
 from pipeline.request import Person, Request
@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # they hold prompts and photos
 )
 app.add_typer(weights_cli.app, name="weights")
+app.command()(evaluate_cli.evaluate)
 
 Preset = Annotated[str | None, typer.Option(help="The set of models (PULID_PRESET): miniature, flux-dev, ...")]
 FORMATS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}

@@ -26,7 +26,7 @@ from pipeline.weights import WeightFiles
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
     from pipeline.models.eva_clip import EvaClip
     from pipeline.models.pulid import IDFormer, PulidCrossAttention
@@ -113,6 +113,14 @@ def load_clip(files: WeightFiles, settings: Settings) -> "tuple[CLIPTokenizer, C
 
     folder = _existing(files.path("clip"))
     return _tokenizer(CLIPTokenizer, folder, CLIP_VOCABULARIES), _transformers_folder(CLIPTextModel, folder, settings)
+
+
+def load_whole_clip(folder: Path, settings: Settings) -> "tuple[CLIPTokenizer, CLIPModel]":
+    """CLIP's tokenizer and both towers from a folder, for measuring. Raises WeightsMissing, WeightsCorrupt."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    _existing(folder)
+    return _tokenizer(CLIPTokenizer, folder, CLIP_VOCABULARIES), _transformers_folder(CLIPModel, folder, settings)
 
 
 def load_eva_clip(files: WeightFiles, settings: Settings) -> "EvaClip":

@@ -197,8 +197,6 @@ def read_models(files: "WeightFiles", bisenet_width: int, device: str) -> FaceMo
 
     A preset without RetinaFace has no aligner.
     """
-    from insightface.model_zoo.arcface_onnx import ArcFaceONNX
-
     from pipeline.models import detection
 
     roles = [role for role in ("detector", "recogniser", "retinaface", "parsing") if files.has(role)]
@@ -208,7 +206,7 @@ def read_models(files: "WeightFiles", bisenet_width: int, device: str) -> FaceMo
         aligner = detection.RetinaFaceFinder(network)
     return FaceModels(
         load_finder(files.path("detector"), device),
-        detection.ArcFaceRecogniser(_onnx(ArcFaceONNX, 1, files.path("recogniser"), device)),
+        load_recogniser(files.path("recogniser"), device),
         aligner,
         detection.BiSeNetParser(_torch(parser, files.path("parsing"), device)),
         files.hashes(*roles),
@@ -222,6 +220,15 @@ def load_finder(path: Path, device: str = "cpu", sizes: Sequence[int] | None = N
     from pipeline.models import detection
 
     return detection.ScrfdFinder(_onnx(SCRFD, 9, path, device), sizes or detection.SCRFD_SIZES)
+
+
+def load_recogniser(path: Path, device: str = "cpu") -> Recogniser:
+    """A network with ArcFace's interface, from an ONNX file; raises WeightsCorrupt."""
+    from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+
+    from pipeline.models import detection
+
+    return detection.ArcFaceRecogniser(_onnx(ArcFaceONNX, 1, path, device))
 
 
 def _onnx(network: Callable[..., Any], outputs: int, path: Path, device: str) -> Any:
