@@ -41,10 +41,10 @@ class FluxPlan:
     """
 
     flow: LoopPlan = field(
-        default_factory=lambda: LoopPlan(steps=2200, batch=48, lr=1e-3, muon_lr=1.5e-3, warm_up=60, flat=0.5, ema=0.995)
+        default_factory=lambda: LoopPlan(steps=2000, batch=48, lr=1e-3, muon_lr=1.5e-3, warm_up=60, flat=0.5, ema=0.995)
     )
     guidance: LoopPlan = field(
-        default_factory=lambda: LoopPlan(steps=250, batch=32, lr=3e-4, muon_lr=3e-4, warm_up=20, flat=0.5, seed=1)
+        default_factory=lambda: LoopPlan(steps=220, batch=32, lr=3e-4, muon_lr=3e-4, warm_up=20, flat=0.5, seed=1)
     )
     dropped: float = 0.1
 
