@@ -128,6 +128,8 @@ def _tradeoff(results: Results, pyplot: Any) -> Any:
         _curve(
             left, results, starts, follows, [f"{c.start_step}" for c in starts], ADHERENCE, "start_step (id_weight 1)"
         )
+    if _known(results.ceiling.get("likeness")):
+        left.axhline(results.ceiling["likeness"].value, color=MUTED, linestyle=":", label="the truth, autoencoded")
     left.set(xlabel=f"prompt followed: {ROWS[follows]}", ylabel="likeness to a second photo")
     left.legend(loc="best")
     for name, colour in (("likeness", LIKENESS), (follows, ADHERENCE)):
@@ -192,5 +194,8 @@ def _bars(results: Results, pyplot: Any) -> Any:
 
 
 def _measured(results: Results, condition: Condition, name: str) -> bool:
-    found = results.by_condition.get(condition, {})
-    return name in found and math.isfinite(found[name].value)
+    return _known(results.by_condition.get(condition, {}).get(name))
+
+
+def _known(figure: Figure | None) -> bool:
+    return figure is not None and math.isfinite(figure.value)
