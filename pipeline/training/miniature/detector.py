@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.faces import Finder, load_finder
 from pipeline.models.alignment import overlap
-from pipeline.models.detection import ScrfdFinder
 from pipeline.training.miniature.detector_canvases import Canvases
 from pipeline.training.miniature.detector_data import (
     EDGE,
@@ -149,15 +148,6 @@ def detection_loss(said: tuple[Tensor, Tensor, Tensor], wanted: Targets) -> Tens
     return (misses.sum() / count + hardest.sum() / count) + 4 * (boxes + points)
 
 
-def load(path: Path) -> ScrfdFinder:
-    """The detector as it is used, through insightface."""
-    import onnxruntime
-    from insightface.model_zoo.scrfd import SCRFD
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return ScrfdFinder(SCRFD(str(path), session))
-
-
 def examine(path: Path, people: int) -> dict[str, float]:
     """Figures of a written detector on what it has not seen.
 
@@ -165,12 +155,13 @@ def examine(path: Path, people: int) -> dict[str, float]:
     pictures without one. drawn: the share of drawn people found, one face each, with an overlap over 0.6.
     """
     import insightface
+    from PIL import Image
     from skimage import data
 
-    finder = load(path)
+    finder = load_finder(path)
     astronaut = finder.find(data.astronaut())
-    sample = cv2.imread(str(Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"))
-    friends = finder.find(np.ascontiguousarray(sample[..., ::-1]))
+    with Image.open(Path(insightface.__file__).parent / "data" / "images" / "t1.jpg") as sample:
+        friends = finder.find(np.asarray(sample.convert("RGB")))
     figures = {
         "astronaut": float(len(astronaut)),
         "astronaut_overlap": max([float(overlap(face.box, ASTRONAUT)[0]) for face in astronaut], default=0.0),
@@ -190,7 +181,7 @@ def picture(name: str) -> NDArray[np.uint8]:
     return photo if photo.ndim == 3 else np.repeat(photo[..., None], 3, axis=2)
 
 
-def _drawn_figures(finder: ScrfdFinder, people: int) -> dict[str, float]:
+def _drawn_figures(finder: Finder, people: int) -> dict[str, float]:
     from pipeline.miniature.people import FIRST_HELD_OUT, person
     from pipeline.miniature.scenes import held_out_scene
     from pipeline.miniature.world import draw

@@ -7,6 +7,7 @@ and shoulders around it. Whatever could give a paste away (edges, blur) is paste
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -21,10 +22,14 @@ from pipeline.training.miniature.detector_data import (
     Placed,
     Portrait,
     Sources,
+    centred,
     level,
     mirrored,
     place,
+    warp,
 )
+
+Choice = TypeVar("Choice")
 
 
 class Canvases:
@@ -91,12 +96,12 @@ class Canvases:
 
     def _crop(self, picture: Gray) -> Gray:
         rng = self._rng
-        turn = rng.integers(4) if rng.random() < 0.4 else 0
+        turn = int(rng.integers(4)) if rng.random() < 0.4 else 0
         squeeze = math.exp(rng.normal(0, 0.2))
         scale = max(math.exp(rng.uniform(math.log(0.6), math.log(1.6))), EDGE / min(picture.shape))
         scales = scale * np.array([max(squeeze, 1), max(1 / squeeze, 1)])
         corner = rng.uniform(0, np.maximum(np.array(picture.shape[::-1]) - EDGE / scales, 0))
-        crop = _warp(picture, np.column_stack([np.diag(scales), -scales * corner]).astype(np.float32))
+        crop = warp(picture, np.column_stack([np.diag(scales), -scales * corner]).astype(np.float32))
         crop = np.rot90(crop[:, ::-1] if rng.random() < 0.5 else crop, turn)
         if rng.random() < 0.15:
             crop = 255 - crop
@@ -105,9 +110,9 @@ class Canvases:
     def _scenery(self) -> Gray:
         """A part of a picture without a face, or of two, one shining through the other."""
         rng, scenery = self._rng, self._sources.scenery
-        crop = self._crop(scenery[rng.integers(len(scenery))])
+        crop = self._crop(self._one_of(scenery))
         if rng.random() < 0.2:
-            crop += rng.uniform(0.2, 0.8) * (self._crop(scenery[rng.integers(len(scenery))]) - crop)
+            crop += rng.uniform(0.2, 0.8) * (self._crop(self._one_of(scenery)) - crop)
         return crop
 
     def _matrix(self, portrait: Portrait, edge: float, tilt: float) -> Gray:
@@ -131,8 +136,11 @@ class Canvases:
             return float(math.exp(rng.uniform(math.log(LARGEST), math.log(110))))
         return float(math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST))))
 
+    def _one_of(self, choices: Sequence[Choice]) -> Choice:
+        return choices[int(self._rng.integers(len(choices)))]
+
     def _pick(self, portraits: Sequence[Portrait]) -> Portrait:
-        portrait = portraits[self._rng.integers(len(portraits))]
+        portrait = self._one_of(portraits)
         return portrait if self._rng.random() < 0.5 else mirrored(portrait)
 
     def _tilt(self) -> float:
@@ -190,9 +198,9 @@ class Canvases:
 
     def _nothing(self, canvas: Gray, faces: list[Placed]) -> None:
         """A patch without a face, pasted as faces are."""
-        rng, patches = self._rng, self._sources.patches
+        rng = self._rng
         if rng.random() < 0.5:
-            gray = patches[rng.integers(len(patches))]
+            gray = self._one_of(self._sources.patches)
         else:
             scenery = self._scenery()
             left, top = rng.integers(0, EDGE - 25, 2)
@@ -218,8 +226,8 @@ class Canvases:
         self._paste(canvas, faces, gray, self._matrix(portrait, edge, tilt), mask)
 
     def _paste(self, canvas: Gray, faces: list[Placed], gray: Gray, matrix: Gray, mask: Gray) -> None:
-        alpha = cv2.warpAffine(mask, _centred(matrix), (EDGE, EDGE), flags=cv2.INTER_LINEAR)
-        canvas += alpha * (_warp(gray, matrix) - canvas)
+        alpha = cv2.warpAffine(mask, centred(matrix), (EDGE, EDGE), flags=cv2.INTER_LINEAR)
+        canvas += alpha * (warp(gray, matrix) - canvas)
         _hide(faces, alpha)
 
     def _lit(self, gray: Gray) -> Gray:
@@ -235,18 +243,19 @@ class Canvases:
     def _seen(self, canvas: Gray) -> Gray:
         """The canvas through a camera: blur or sharpening, contrast, noise."""
         rng = self._rng
-        if rng.random() < 0.35:
-            canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 1.1))
-        elif rng.random() < 0.5:
-            canvas = canvas + rng.uniform(0, 1.5) * (canvas - cv2.GaussianBlur(canvas, (0, 0), 1.0))
+        kind = rng.random()
+        if kind < 0.35:
+            canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 1.1)), np.float32)
+        elif kind < 0.65:
+            canvas += rng.uniform(0, 1.5) * (canvas - cv2.GaussianBlur(canvas, (0, 0), 1.0))
         if rng.random() < 0.7:
-            canvas = (canvas - 128) * rng.uniform(0.5, 1.3) + 128 + rng.normal(0, 20)
+            canvas = (canvas - 128) * rng.uniform(0.5, 1.3) + (128 + rng.normal(0, 20))
         canvas = np.clip(canvas, 0, 255)
         if rng.random() < 0.3:
-            canvas = 255 * (canvas / 255) ** math.exp(rng.normal(0, 0.3))
+            canvas = np.asarray(255 * (canvas / 255) ** math.exp(rng.normal(0, 0.3)), np.float32)
         if rng.random() < 0.4:
-            canvas = canvas + rng.normal(0, rng.uniform(0, 8), canvas.shape)
-        return np.clip(canvas, 0, 255).astype(np.float32)
+            canvas += rng.normal(0, rng.uniform(0, 8), canvas.shape).astype(np.float32)
+        return np.clip(canvas, 0, 255)
 
 
 def _hide(faces: list[Placed], alpha: Gray) -> None:
@@ -254,17 +263,6 @@ def _hide(faces: list[Placed], alpha: Gray) -> None:
         left, top, right, bottom = np.clip(face.box, 0, EDGE).astype(int)
         if right > left and bottom > top:
             face.visible = min(face.visible, 1 - float(alpha[top:bottom, left:right].mean()))
-
-
-def _centred(matrix: Gray) -> Gray:
-    """For cv2, whose pixel centres are whole numbers."""
-    return np.column_stack([matrix[:, :2], matrix[:, 2] + matrix[:, :2].sum(axis=1) / 2 - 0.5])
-
-
-def _warp(gray: Gray, matrix: Gray) -> Gray:
-    enlarged = abs(np.linalg.det(matrix[:, :2])) > 1
-    flags = cv2.INTER_CUBIC if enlarged else cv2.INTER_LINEAR
-    return cv2.warpAffine(gray, _centred(matrix), (EDGE, EDGE), flags=flags, borderMode=cv2.BORDER_REFLECT)
 
 
 def _ramp(rng: np.random.Generator) -> Gray:
@@ -299,4 +297,4 @@ def _shuffled(rng: np.random.Generator, gray: Gray) -> Gray:
     if rng.random() < 0.5:
         order = rng.permutation(order)
     rows = [np.concatenate([parts[i] for i in order[y * count : (y + 1) * count]], axis=1) for y in range(count)]
-    return cv2.resize(np.concatenate(rows), gray.shape[::-1])
+    return np.asarray(cv2.resize(np.concatenate(rows), gray.shape[::-1]), np.float32)

@@ -112,7 +112,8 @@ def drawn_sources(seeds: range) -> tuple[list[Portrait], list[Gray]]:
         drawing = draw(person(seed), scene(seed))
         gray = luminance(drawing.pixels)
         levels = halves(gray, 4)[1:]  # in a canvas no face is larger than half of one drawn
-        portraits.append(Portrait(levels, drawing.box / 2, drawing.landmarks / 2, drawn=True))
+        half = np.float32(0.5)
+        portraits.append(Portrait(levels, drawing.box * half, drawing.landmarks * half, drawn=True))
         if seed % 5 == 0:
             features = cv2.dilate(np.isin(drawing.labels, FEATURES).astype(np.uint8), np.ones((5, 5), np.uint8))
             skin = gray[(drawing.labels == SKIN) & (features == 0)]
@@ -145,3 +146,16 @@ def place(portrait: Portrait, matrix: Gray) -> Placed:
     reach = np.sqrt(((matrix[:, :2] * half) ** 2).sum(axis=1))
     points = portrait.points @ matrix[:, :2].T + matrix[:, 2]
     return Placed(np.concatenate([centre - reach, centre + reach]).astype(np.float32), points.astype(np.float32))
+
+
+def centred(matrix: Gray) -> Gray:
+    """For cv2, whose pixel centres are whole numbers."""
+    return np.column_stack([matrix[:, :2], matrix[:, 2] + matrix[:, :2].sum(axis=1) / 2 - 0.5])
+
+
+def warp(gray: Gray, matrix: Gray) -> Gray:
+    """A picture through a matrix (2, 3) -> a canvas; what lies beyond its border is mirrored."""
+    enlarged = abs(np.linalg.det(matrix[:, :2])) > 1
+    flags = cv2.INTER_CUBIC if enlarged else cv2.INTER_LINEAR
+    warped = cv2.warpAffine(gray, centred(matrix), (EDGE, EDGE), flags=flags, borderMode=cv2.BORDER_REFLECT)
+    return np.asarray(warped, np.float32)
