@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from pipeline.models.flux import IdentityFlux
@@ -17,6 +18,8 @@ from tests import small
 from tests.parity.rule import fill
 
 EXAMPLES = 10
+IDFORMER = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "num_queries": 4}
+IDFORMER |= {"output_dim": 32, "id_dim": 520, "hidden_dim": 12}
 LANDMARKS = np.array([(22, 26), (42, 26), (32, 36), (25, 46), (39, 46)], np.float32)  # in 64 x 64 pixels
 
 
@@ -37,13 +40,33 @@ def everywhere(pixels: torch.Tensor) -> list[np.ndarray | None]:
 
 
 def networks(**changed: Any) -> Networks:
-    encoder = fill(
-        IDFormer(dim=16, depth=5, dim_head=8, heads=2, num_queries=4, output_dim=32, id_dim=520, hidden_dim=12), "id."
+    parts = {
+        "flux": IdentityFlux(small.transformer(), small.cross_attentions()),
+        "idformer": fill(IDFormer(**IDFORMER), "id."),
+        "vae": small.vae(),
+        "recogniser": fill(ToyRecogniser(), "recogniser."),
+        "locate": everywhere,
+    }
+    return Networks(**{**parts, **changed})
+
+
+def miniature_transformer() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=4,
+        num_single_layers=8,
+        attention_head_dim=64,
+        num_attention_heads=3,
+        joint_attention_dim=96,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 24, 24),
     )
-    flux = IdentityFlux(small.transformer(), small.cross_attentions())
-    recogniser = fill(ToyRecogniser(), "recogniser.")
-    parts = {"vae": small.vae(), "recogniser": recogniser, "locate": everywhere, **changed}
-    return Networks(flux, encoder, **parts)
+
+
+def worker(rank: int, count: int) -> Workers:
+    """One of several that never meet the others."""
+    return Workers(rank, count)
 
 
 def examples(count: int = EXAMPLES) -> InMemory:
