@@ -44,7 +44,7 @@ QUICK = Plan(
     text=TextPlan(_few(2, 4), _few(2, 4), measured=10),
     detector=DetectorPlan(steps=30, people=20, examined=4),
     recogniser=RecogniserPlan(people=24, drawings=2, steps=3, batch=16, held_out=8),
-    parser=ParserPlan(half_steps=3, whole_steps=2, batch=4, held_out=4),
+    parser=ParserPlan(steps=3, batch=4, held_out=4),
     eva=EvaPlan(_few(2, 3, 1e-3), measured=6),
     flux=FluxPlan(_few(3, 4, 1e-3), _few(2, 4, 1e-3)),
     idformer=IdformerPlan(_few(2, 4, 1e-3)),
