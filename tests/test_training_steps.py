@@ -102,6 +102,17 @@ def test_a_dropped_identity_is_nobodys():
     assert trainer.train_step(trainer.batch())["flow"] == strangers.train_step(others)["flow"]
 
 
+def test_flux_may_be_in_bfloat16():
+    """The trained weights stay in float32, move, and every loss is finite."""
+    transformer = torch.nn.Module.to(small.transformer(), torch.bfloat16)
+    trainer = toy.trainer(flux=IdentityFlux(transformer, small.cross_attentions()))
+    before = {name: weight.detach().clone() for name, weight in trainer.weights.items()}
+    figures = trainer.run(1)
+    assert all(np.isfinite(value) for value in figures.values())
+    assert {weight.dtype for weight in trainer.weights.values()} == {torch.float32}
+    assert not any(torch.equal(weight, before[name]) for name, weight in trainer.weights.items())
+
+
 def test_an_untrained_pulid_adds_nothing_and_learns():
     """At first nothing is added to the image; the flow loss on a few pictures then falls."""
     encoder, modules = new_pulid(4, toy.IDFORMER, {"dim": 32, "dim_head": 16, "heads": 2, "kv_dim": 32})

@@ -69,6 +69,8 @@ class TrainingConfig(Frozen):
     from one noise on one of the contrastive prompts to one random step of `align_steps`, as the paper has it without a
     fast model; or "noisy", both read the same noisy picture under its own prompt.
 
+    autocast: bfloat16 in FLUX and IDFormer; null: where FLUX itself is not in float32.
+
     warmup: steps until the full learning rate; decay_from: the share of all steps after which it falls in a line to
     zero. optimiser: "adamw", or "muon" for matrices with AdamW for the rest.
     """
@@ -111,7 +113,7 @@ class TrainingConfig(Frozen):
     align_steps: int = Field(default=4, ge=1)
     contrast_prompts: tuple[str, ...] = Field(default=CONTRAST_PROMPTS, min_length=1)
 
-    autocast: bool = False
+    autocast: bool | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(default=500, ge=1)
     log_dir: str | None = None

@@ -173,9 +173,11 @@ class Objective:
         return velocity
 
     def _autocast(self) -> torch.autocast:
+        enabled = self._config.autocast
+        if enabled is None:
+            enabled = self._networks.flux.transformer.x_embedder.weight.dtype != torch.float32
         # Without its cache: a weight that was cast where no gradient was wanted would stay without one.
-        device = self._networks.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self._config.autocast, cache_enabled=False)
+        return torch.autocast(self._networks.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _noisy(self, batch: Batch, draws: Draws, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
         """The batch's latents as tokens (B, N, C), noise of their shape, and times (B,)."""
