@@ -115,7 +115,7 @@ def make_embeddings(work: Path, weights: Path, plan: DataPlan, batch: int = 128)
     embeddings = _array(work, "embeddings", (plan.count, EMBEDDING), np.float32)
     references = _array(work, "references", (plan.count, EMBEDDING), np.float32)
     for rows in _batches(plan.count, batch):
-        pixels = crops[rows.start : rows.stop]
+        pixels = np.array(crops[rows.start : rows.stop])
         embeddings[rows.start : rows.stop] = np.stack([conditioning.embed(crop) for crop in pixels])
         references[rows.start : rows.stop] = training(as_input(pixels)).numpy()
     embeddings.flush()
