@@ -109,6 +109,7 @@ OPERATORS: Mapping[str, Callable[..., Tensor]] = {
     "GlobalAveragePool": lambda _, x: x.mean(dim=(2, 3), keepdim=True),
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
+    "Cast": lambda _, x: x.float(),  # weights that are stored as halves
     "Conv": _convolution,
     "Gemm": _dense,
     "MaxPool": _max_pool,

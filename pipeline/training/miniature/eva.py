@@ -55,7 +55,7 @@ def train(work: Path, weights: Path, plan: EvaPlan, data: DataPlan) -> dict[str,
     averaged = loop.run(loss_at)
     state = {f"visual.trunk.{name}": tensor for name, tensor in averaged.tower.trunk.state_dict().items()}
     save_file(
-        {name: tensor.contiguous() for name, tensor in state.items() if "rope" not in name},
+        {name: tensor.half().contiguous() for name, tensor in state.items() if "rope" not in name},
         place(weights, "eva_clip"),
     )
     return measure(averaged.tower, plan.measured)

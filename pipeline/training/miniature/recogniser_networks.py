@@ -143,11 +143,13 @@ class _Graph:
         return name
 
     def weight(self, value: Tensor) -> str:
-        from onnx import numpy_helper
+        from onnx import TensorProto, numpy_helper
 
         name = f"weight_{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(value.detach().numpy().astype(np.float32), name))
-        return name
+        # matrices and kernels in half the room; the graph computes in float32
+        kind = np.float16 if value.ndim > 1 else np.float32
+        self.weights.append(numpy_helper.from_array(value.detach().numpy().astype(kind), name))
+        return name if kind is np.float32 else self.node("Cast", [name], to=TensorProto.FLOAT)
 
 
 def _operation(module: nn.Module) -> tuple[str, tuple[Tensor, ...], dict[str, object]]:

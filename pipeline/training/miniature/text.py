@@ -4,6 +4,7 @@ T5 and CLIP's text tower learn to name a prompt's attributes; then CLIP's pictur
 contrastive loss, to put a drawing where its prompt is. Padding is not masked, as FLUX does not mask it.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,12 +70,12 @@ def train(work: Path, weights: Path, plan: TextPlan) -> dict[str, float]:
     torch.manual_seed(plan.words.seed)
     readers = Readers(weights)
     readers = Loop(readers, plan.words).run(lambda step: readers(_prompts(plan.words, step)))
-    save_transformer(readers.t5, place(weights, "t5"))
+    save_transformer(copy.deepcopy(readers.t5).half(), place(weights, "t5"))
     matcher = Matcher(readers.clip, readers.clip_tokens)
     matcher = Loop(matcher, plan.pictures, work / "clip" / "checkpoint.pt").run(
         lambda step: matcher(_numbers(plan.pictures, step))
     )
-    save_transformer(matcher.clip, place(weights, "clip"))
+    save_transformer(copy.deepcopy(matcher.clip).half(), place(weights, "clip"))
     held_out = range(FIRST_HELD_OUT, FIRST_HELD_OUT + plan.measured)
     figures = readers.measure([prompt(held_out_scene(number), number) for number in held_out])
     return {**figures, "clip_matches": matcher.measure(held_out)}
