@@ -25,6 +25,8 @@ def test_a_recogniser_is_read_as_arcface(family, crop, tmp_path):
     torch.manual_seed(0)
     network = build(family).train()
     network(torch.randn(8, 3, 112, 112))  # batch norms that do something
+    for weight in network.parameters():
+        weight.data = weight.data.half().float()  # as the file stores them
     write_onnx(network, tmp_path / "recogniser.onnx")
     read = recogniser.production_recogniser(tmp_path / "recogniser.onnx")
     with torch.no_grad():
@@ -139,7 +141,7 @@ def test_the_identity_loss_reaches_the_picture(tmp_path, crop):
     picture = recogniser.as_input(crop[None]).requires_grad_()
     embedding = network(picture)
     read = recogniser.production_recogniser(tmp_path / "recogniser_training.onnx").embed(crop)
-    np.testing.assert_allclose(read, embedding[0].detach().numpy(), atol=1e-5)
+    assert torch.cosine_similarity(torch.from_numpy(read), embedding[0].detach(), dim=0) > 0.9999  # stored as halves
     embedding.sum().backward()
     assert picture.grad.abs().sum() > 0
     assert all(weight.grad is None for weight in network.parameters())
