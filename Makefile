@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread per process: two cores and several processes otherwise wait for each other at every barrier.
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lock render serve bench evaluate sheet
+.PHONY: help setup demo test test-fast check format lock render serve bench evaluate sheet miniature ablation evaluate sheet
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -55,3 +55,9 @@ evaluate: setup  ## likeness, adherence and colours over 60 people that nothing 
 
 sheet: setup  ## the pictures of the README: docs/images/sheet.png, mixed.png, together.png, tradeoff.png
 	$(BIN)/python -m cluster.sheet docs/images
+
+miniature: setup  ## the miniature's weights from nothing (up to 3 hours on 2 cores; goes on where it was stopped)
+	$(BIN)/python -m cluster.miniature build
+
+ablation: setup  ## the paper's ablation on what `make miniature` left: flow loss, + ID loss, + alignment
+	$(BIN)/python -m cluster.ablation

@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from pipeline.training.miniature.plan import Plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
-Work = Annotated[Path, typer.Option(help="Datasets, checkpoints and figures: some 5 GB.", file_okay=False)]
-Weights = Annotated[Path, typer.Option(help="Where the finished files go.", file_okay=False)]
+WORK = typer.Option(
+    help="Datasets, checkpoints and figures: some 5 GB. Else build/miniature, or -quick.", file_okay=False
+)
+WEIGHTS = typer.Option(
+    help="Where the finished files go. Else those of this package; of a quick run, --work.", file_okay=False
+)
 Quick = Annotated[bool, typer.Option("--quick", help="Every stage, a few steps each: to see that all of it runs.")]
 SHIPPED = Path(__file__).parent.parent / "pipeline" / "miniature" / "weights"
 
 
 @app.command()
 def build(
-    work: Work = Path("build/miniature"),
-    weights: Weights = SHIPPED,
+    work: Annotated[Path | None, WORK] = None,
+    weights: Annotated[Path | None, WEIGHTS] = None,
     quick: Quick = False,
     jobs: Annotated[int, typer.Option(min=1, help="Stages at one time; the processor's cores are shared out.")] = 2,
 ) -> None:
@@ -37,6 +41,8 @@ def build(
     from pipeline.miniature.files import write_manifest
     from pipeline.training.miniature.build import STAGES, ready, remembered
 
+    work = work or Path("build/miniature-quick" if quick else "build/miniature")
+    weights = weights or (work / "weights" if quick else SHIPPED)
     work.mkdir(parents=True, exist_ok=True)
     weights.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -54,7 +60,10 @@ def build(
                 finished = running.pop(future)
                 if future.result() != 0:
                     log = work / "logs" / f"{finished}.log"
-                    raise SystemExit(f"{finished} failed; {log} says why. Run again to go on from there.")
+                    print(f"{finished} failed; {log} says why. Run again to go on from there.", file=sys.stderr)
+                    if running:
+                        print(f"Waiting for {', '.join(running.values())}.", file=sys.stderr, flush=True)
+                    raise SystemExit(1)
                 done.add(finished)
                 print(f"{time.perf_counter() - started:7.0f} s  {finished} is done", flush=True)
     write_manifest(weights)
@@ -62,7 +71,7 @@ def build(
 
 
 @app.command()
-def stage(name: str, work: Work, weights: Weights, quick: Quick = False) -> None:
+def stage(name: str, work: Annotated[Path, WORK], weights: Annotated[Path, WEIGHTS], quick: Quick = False) -> None:
     """Run one stage in this process."""
     from pipeline.training.miniature.build import run
 

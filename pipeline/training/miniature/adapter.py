@@ -1,8 +1,8 @@
 """PuLID for the miniature, trained by the very code that trains it for FLUX.1 [dev]: the three stages, one by one.
 
 The first stage is the flow loss alone, the second adds the ID loss, the third the alignment. Each starts from the mean
-weights of the one before. Only the learning rates, the step counts and the weights of the alignment are the miniature's
-own.
+weights of the one before. The miniature's own are the optimiser and its rates, the step counts, the times of the flow
+loss and the prompts; the weights of the losses are the paper's.
 """
 
 import logging
@@ -52,10 +52,12 @@ FACE_WEIGHT = 1.0  # an image token that shows nothing but the person counts 1 m
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """The three stages as differences to TrainingConfig's defaults. QUICK: 2 steps of 4 each.
+    """The three stages as differences to TrainingConfig's defaults.
 
-    contrast, id_prompts: how many of the world's prompts the contrastive pair and the ID loss draw from.
+    common: of all three. prompts: how many of the world's prompts the contrastive pair and the ID loss draw from.
     """
+
+    common: Mapping[str, Any] = field(default_factory=lambda: dict(COMMON))
 
     flow: Mapping[str, Any] = field(
         default_factory=lambda: {
@@ -134,7 +136,7 @@ def train_alignment(work: Path, weights: Path, plan: AdapterPlan, data: DataPlan
 def _stage(
     name: str, before: str | None, work: Path, weights: Path, plan: AdapterPlan, data: DataPlan
 ) -> dict[str, float]:
-    config = TrainingConfig.model_validate({**COMMON, **getattr(plan, name)})
+    config = TrainingConfig.model_validate({**plan.common, **getattr(plan, name)})
     trainer = trainer_of(work, weights, config, data, plan.prompts)
     folder = work / name
     folder.mkdir(exist_ok=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,9 +18,10 @@ from pipeline.miniature.files import place
 from pipeline.miniature.people import Person, person
 from pipeline.miniature.scenes import Scene, prompt, scene
 from pipeline.miniature.world import Drawing, draw
-from pipeline.models.alignment import ARCFACE_SIZE, FFHQ_SIZE, FFHQ_TEMPLATE, arcface_crop, ffhq_crop, similarity
+from pipeline.models.alignment import ARCFACE_SIZE, arcface_crop, ffhq_crop
 from pipeline.models.face_features import BACKGROUND_LABELS, gray_on_white
 from pipeline.training.miniature.finished import finished
+from pipeline.training.miniature.parser import label_crop
 from pipeline.training.miniature.recogniser import as_input, load_training_recogniser, production_recogniser
 from pipeline.training.miniature.recogniser_networks import EMBEDDING
 from pipeline.training.miniature.vae import tensors
@@ -34,7 +34,7 @@ TOKENS = 8  # image tokens along an edge: 32 pixels each
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:
-    """How much is drawn. QUICK: 6 people, 2 pictures of each."""
+    """How much is drawn."""
 
     people: int = 3000
     pictures: int = 8
@@ -125,8 +125,7 @@ def make_embeddings(work: Path, weights: Path, plan: DataPlan, batch: int = 128)
 
 def face_of(made: Drawing) -> NDArray[np.float32]:
     """What EVA-CLIP would see of a drawing (336, 336), with its exact labels in the parser's place."""
-    matrix = similarity(made.landmarks, FFHQ_TEMPLATE)
-    labels = cv2.warpAffine(made.labels, matrix, (FFHQ_SIZE, FFHQ_SIZE), flags=cv2.INTER_NEAREST, borderValue=0.0)
+    labels = label_crop(made.labels, made.landmarks)
     gray: NDArray[np.float32] = gray_on_white(ffhq_crop(made.pixels, made.landmarks), labels).numpy()
     return gray
 

@@ -26,7 +26,7 @@ TEMPERATURE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class EvaPlan:
-    """How the tower is trained, on two pictures each of `loop.batch` people. QUICK: 2 steps of 3 people."""
+    """How the tower is trained, on two pictures each of `loop.batch` people."""
 
     loop: LoopPlan = field(
         default_factory=lambda: LoopPlan(steps=900, batch=32, lr=1e-3, muon_lr=2e-3, warm_up=40, flat=0.4)

@@ -35,7 +35,7 @@ GUIDANCE = (1.0, 10.0)  # what a request may ask for
 
 @dataclass(frozen=True, slots=True)
 class FluxPlan:
-    """How FLUX is trained. QUICK: 3 steps of 4 each.
+    """How FLUX is trained.
 
     dropped: the share of prompts that are empty or the negative prompt, so that true CFG has something to go away from.
     """

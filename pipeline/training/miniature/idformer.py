@@ -31,7 +31,7 @@ SHARED = 64  # numbers of the embedding that the mean token has to know
 
 @dataclass(frozen=True, slots=True)
 class IdformerPlan:
-    """How IDFormer is trained before FLUX is there. QUICK: 2 steps of 4."""
+    """How IDFormer is trained before FLUX is there."""
 
     loop: LoopPlan = field(default_factory=lambda: LoopPlan(steps=700, batch=48, lr=1e-3, muon_lr=2e-3, flat=0.3))
     embedding_noise: float = 0.1  # of an embedding's own spread

@@ -54,7 +54,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True, slots=True)
 class TextPlan:
-    """How the text encoders and CLIP's picture tower are trained. QUICK: 2 steps each, batches of 4."""
+    """How the text encoders and CLIP's picture tower are trained."""
 
     words: LoopPlan = field(default_factory=lambda: LoopPlan(steps=300, batch=64, lr=2e-3, ema=0.98))
     pictures: LoopPlan = field(default_factory=lambda: LoopPlan(steps=500, batch=64, lr=1.5e-3, ema=0.98))

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class VaePlan:
-    """How the autoencoder is trained. QUICK: 3 steps of 2, 3 drawings to measure with.
+    """How the autoencoder is trained.
 
     decoder: once the encoder is finished, the decoder goes on alone, which costs less.
     """
