@@ -182,7 +182,7 @@ class Objective:
     def _noisy(self, batch: Batch, draws: Draws, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
         """The batch's latents as tokens (B, N, C), noise of their shape, and times (B,)."""
         latents, noise = pack(batch.latents.float()), self._noise(batch, draws, f"{purpose} noise")
-        chance, normal = draws.uniform(f"{purpose} time", 2), draws.normal(f"{purpose} time")
+        chance, normal = draws.uniform(f"{purpose} mixture", 2), draws.normal(f"{purpose} time")
         times = sample_times(chance, normal, self._config.times, latents.shape[1])
         return latents, noise, times.to(latents.device)
 

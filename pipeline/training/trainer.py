@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import SettingsInvalid, WeightsCorrupt
 from pipeline.training.config import TrainingConfig
-from pipeline.training.draws import Draws, order
+from pipeline.training.draws import Draws, order, seed_of
 from pipeline.training.examples import Batch, Examples, Prompts
 from pipeline.training.networks import Ema, Networks, save_pulid
 from pipeline.training.objective import Objective
@@ -43,6 +43,7 @@ class Trainer:
             raise SettingsInvalid(f"Batch sizes {sizes} have to be multiples of the {self.workers.count} workers.")
         networks.prepare(config.gradient_checkpointing)
         self.step = 0
+        self._seed = seed_of(config.seed, config.stage)  # the next stage is not to see this one's noise again
         self.weights = networks.trainable()
         self.ema = Ema(self.weights, config.ema)
         self._objective = Objective(networks, config, id_prompts, contrast)
@@ -67,7 +68,7 @@ class Trainer:
     def batch(self) -> Batch:
         """This worker's part of the next step's global batch."""
         config = self.config
-        chosen = order(config.seed, self.step, config.batch_size, len(self.examples))
+        chosen = order(self._seed, self.step, config.batch_size, len(self.examples))
         draws = self._draws()
         batch = self.examples.batch([chosen[place] for place in draws.places], draws.seeds("example"))
         return batch.to(self.networks.device)
@@ -102,7 +103,7 @@ class Trainer:
         return figures
 
     def _draws(self) -> Draws:
-        return Draws(self.config.seed, self.step, self.workers.places(self.config.batch_size))
+        return Draws(self._seed, self.step, self.workers.places(self.config.batch_size))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, atomically; every worker holds the same, so one of them writes."""
