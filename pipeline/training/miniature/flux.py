@@ -5,7 +5,6 @@ flow of an empty prompt as classifier-free guidance does, is what the network le
 """
 
 import copy
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,13 @@ from pipeline.miniature.scenes import prompt, scene
 from pipeline.models.sampling import image_ids, pack
 from pipeline.request import NEGATIVE_PROMPT
 from pipeline.text import CLIP_LENGTH
+from pipeline.training.config import Times
 from pipeline.training.losses import flow_loss
 from pipeline.training.miniature.data import TOKENS, load
 from pipeline.training.miniature.finished import finished
 from pipeline.training.miniature.loop import Loop, LoopPlan, generator, matrices
 from pipeline.training.miniature.text import Pieces
+from pipeline.training.sampling import noisy, sample_times
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -115,7 +116,9 @@ class Examples:
         for row, value in enumerate(drop.tolist()):
             if value < dropped:
                 prompts[row] = "" if value < dropped / 2 else NEGATIVE_PROMPT
-        return self._noisy(numbers, prompts, times(plan.batch, random), random)
+        normal = torch.randn(plan.batch, generator=random)
+        times = sample_times(torch.ones(plan.batch, 2), normal, Times(), TOKENS * TOKENS)
+        return self._noisy(numbers, prompts, times, random)
 
     def empty(self, batch: int) -> tuple[Tensor, Tensor]:
         """The text of an empty prompt, for a batch."""
@@ -131,9 +134,8 @@ class Examples:
     def _noisy(self, numbers: list[int], prompts: list[str], at: Tensor, random: torch.Generator) -> Rows:
         latents = pack(torch.from_numpy(np.stack([self._latents[n] for n in numbers]).astype(np.float32)))
         noise = torch.randn(latents.shape, generator=random)
-        share = at[:, None, None]
         text, pooled = self._texts(prompts)
-        return Rows((1 - share) * latents + share * noise, at, noise, latents, text, pooled)
+        return Rows(noisy(latents, noise, at), at, noise, latents, text, pooled)
 
 
 class Texts:
@@ -150,13 +152,6 @@ class Texts:
         """T5's tokens (B, 32, 96) and CLIP's pooled output (B, 64)."""
         tokens = self._t5(self._t5_pieces(prompts)).last_hidden_state
         return tokens, self._clip(self._clip_pieces(prompts)).pooler_output
-
-
-def times(count: int, random: torch.Generator) -> Tensor:
-    """Random times (count,): a logit-normal, moved towards noise as the schedule of 64 tokens is."""
-    shift = math.exp(0.4675)  # models/sampling.py, `schedule`
-    plain = torch.randn(count, generator=random).sigmoid()
-    return shift * plain / (1 + (shift - 1) * plain)
 
 
 def velocity(model: "FluxTransformer2DModel", rows: Rows, guidance: Tensor) -> Tensor:
