@@ -27,6 +27,7 @@ from pipeline.miniature.world import draw
 from pipeline.models.alignment import ARCFACE_TEMPLATE, FFHQ_TEMPLATE, similarity
 
 SEEDS = range(40)
+ATTRIBUTES = ("background", "hat", "clothes", "expression", "light", "style")
 
 
 def test_the_same_arguments_draw_the_same_pixels():
@@ -119,6 +120,16 @@ def test_a_prompt_reads_back_as_its_scene():
         assert told == {attribute: getattr(where, attribute) for attribute in told}
         assert told["background"] == where.background
         assert told.get("hat", "none") == where.hat
+        words = text.replace(",", " , ").split()
+        assert len(words) <= MOST_TOKENS
+        assert set(words) <= {*WORDS, ","}
+
+
+def test_a_full_prompt_names_everything():
+    for seed in range(500):
+        where = held_out_scene(seed)
+        text = prompt(where, seed, full=True)
+        assert read(text) == {attribute: getattr(where, attribute) for attribute in ATTRIBUTES}
         words = text.replace(",", " , ").split()
         assert len(words) <= MOST_TOKENS
         assert set(words) <= {*WORDS, ","}

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pipeline.miniature.scenes import Scene
 
 MOST_PEOPLE = 10_000  # of one seed; the next seed's people begin after them
-WORDINGS = 12  # of which the one that names most of the scene is taken, for what it leaves out nobody can know
 PAPER_PROMPTS = Path(__file__).with_name("prompts.txt")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -68,17 +67,10 @@ def drawn(people: int, seed: int) -> tuple[list[Subject], list[Case]]:
         plain, other = scene(2 * number, hat="none", light="soft", style="drawing"), scene(2 * number + 1, hat="none")
         reference, second = (png(draw(somebody, each).pixels) for each in (plain, other))
         wanted = held_out_scene(number)
-        words = max((prompt(wanted, WORDINGS * number + which) for which in range(WORDINGS)), key=_named)
         subjects.append(Subject(f"person {number}", reference, second, somebody))
-        cases.append(Case(index, words, number, wanted))
+        # full, for what a prompt leaves out nobody can check
+        cases.append(Case(index, prompt(wanted, number, full=True), number, wanted))
     return subjects, cases
-
-
-def _named(words: str) -> int:
-    """How many attributes of a scene a prompt names."""
-    from pipeline.miniature.scenes import read
-
-    return len(read(words))
 
 
 def photographed(

@@ -158,24 +158,38 @@ def held_out_scene(seed: int, **fixed: object) -> Scene:
     return _scene(seed, True, fixed)
 
 
-def prompt(scene: Scene, seed: int = 0) -> str:
-    """Words for a scene, at most MOST_TOKENS words and commas; background and hat are always named, others mostly."""
+def prompt(scene: Scene, seed: int = 0, full: bool = False) -> str:
+    """Words for a scene, at most MOST_TOKENS words and commas; background and hat are always named, others mostly.
+
+    full: every attribute is named, a bare head too; in its shortest words where they would be too many.
+    """
     random = np.random.default_rng((seed, 0x9E2))
     said: dict[str, str] = {}
-    for attribute, names in _WORDINGS.items():
-        wordings = names[getattr(scene, attribute)]
+    for attribute in _WORDINGS:
+        wordings = _wordings(scene, attribute, full)
         wording = wordings[int(random.integers(len(wordings)))]
-        if random.random() >= _OMITTED.get(attribute, 0.0) and wording:
+        omitted = random.random() < _OMITTED.get(attribute, 0.0)
+        if wording and (full or not omitted):
             said[attribute] = wording
     parts = [said[attribute] for attribute in random.permutation(sorted(said))]
-    if random.random() < 0.3:
+    if random.random() < 0.3 and not full:
         parts.append(str(random.choice(_DISTRACTORS)))
     subject = str(random.choice(_SUBJECTS))
-    optional = [said[attribute] for attribute in ("light", "style", "expression", "clothes") if attribute in said]
+    optional = [attribute for attribute in ("light", "style", "expression", "clothes") if attribute in said]
+    shorter = [*optional, "hat", "background"] if full else []
     while _tokens(subject, parts) > MOST_TOKENS:
-        parts.remove(optional.pop(0))
+        if shorter:
+            attribute = shorter.pop(0)
+            parts[parts.index(said[attribute])] = min(_wordings(scene, attribute, full), key=lambda x: len(x.split()))
+        else:
+            parts.remove(said[optional.pop(0)])
     glue = " " if random.random() < 0.5 else ", "
     return subject + glue + ", ".join(parts)
+
+
+def _wordings(scene: Scene, attribute: str, full: bool) -> tuple[str, ...]:
+    names = _WORDINGS[attribute][getattr(scene, attribute)]
+    return tuple(wording for wording in names if wording or not full)
 
 
 def read(prompt: str) -> dict[str, str]:
