@@ -61,17 +61,17 @@ class AdapterPlan:
 
     flow: Mapping[str, Any] = field(
         default_factory=lambda: {
-            **{"stage": 1, "steps": 1400, "batch_size": 32, "lr_cross_attention": 2e-3, "lr_idformer": 5e-4},
+            **{"stage": 1, "steps": 640, "batch_size": 32, "lr_cross_attention": 2e-3, "lr_idformer": 5e-4},
         }
     )
     identity: Mapping[str, Any] = field(
         default_factory=lambda: {
-            **{"stage": 2, "steps": 300, "batch_size": 20, "lr_cross_attention": 1e-3, "lr_idformer": 2.5e-4},
+            **{"stage": 2, "steps": 180, "batch_size": 20, "lr_cross_attention": 1e-3, "lr_idformer": 2.5e-4},
         }
     )
     alignment: Mapping[str, Any] = field(
         default_factory=lambda: {
-            **{"stage": 3, "steps": 150, "batch_size": 20, "lr_cross_attention": 5e-4, "lr_idformer": 1.25e-4},
+            **{"stage": 3, "steps": 70, "batch_size": 20, "lr_cross_attention": 5e-4, "lr_idformer": 1.25e-4},
         }
     )
     prompts: int = 256

@@ -39,9 +39,10 @@ class VaePlan:
         default_factory=lambda: LoopPlan(steps=2000, batch=4, lr=2e-3, muon_lr=3e-3, warm_up=50, ema=0.99)
     )
     decoder: LoopPlan = field(
-        default_factory=lambda: LoopPlan(steps=700, batch=4, lr=1e-3, muon_lr=1.5e-3, warm_up=20, flat=0.2, seed=1)
+        default_factory=lambda: LoopPlan(steps=1400, batch=4, lr=1e-3, muon_lr=1.5e-3, warm_up=20, flat=0.2, seed=1)
     )
     divergence: float = 1e-3  # of a latent, on average
+    ratio: float = 0.05  # for the decoder alone
     measured: int = 60
 
 
@@ -73,16 +74,17 @@ def refined(vae: "AutoencoderKL", work: Path, plan: VaePlan) -> "AutoencoderKL":
     decoder = vae.requires_grad_(True).decoder
     vae.encoder.requires_grad_(False)
     muon = matrices([decoder.mid_block, decoder.up_blocks])
-    loop = Loop(Losses(vae, plan.divergence), plan.decoder, work / "decoder" / "checkpoint.pt", muon)
+    loop = Loop(Losses(vae, plan.divergence, plan.ratio), plan.decoder, work / "decoder" / "checkpoint.pt", muon)
     return loop.run(lambda step: loop.module(_batch(plan.decoder, step))).vae
 
 
 class Losses(nn.Module):
     """The autoencoder together with its loss on a batch of pictures (B, 3, 256, 256) in -1..1."""
 
-    def __init__(self, vae: "AutoencoderKL", divergence: float) -> None:
+    def __init__(self, vae: "AutoencoderKL", divergence: float, ratio: float = 0.0) -> None:
+        """`ratio`: the weight of the logarithm of each picture's squared error, which is its PSNR."""
         super().__init__()
-        self.vae, self._divergence = vae, divergence
+        self.vae, self._divergence, self._ratio = vae, divergence, ratio
 
     def forward(self, pictures: Tensor) -> Tensor:
         """The loss."""
@@ -90,9 +92,11 @@ class Losses(nn.Module):
         decoded = self.vae.decode(posterior.sample()).sample
         error = decoded - pictures
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        ratio = error.square().mean(dim=(1, 2, 3)).log().mean()
         mean, logvar = posterior.mean, posterior.logvar
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss: Tensor = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + self._divergence * divergence
+        pixels = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+        loss: Tensor = pixels + self._ratio * ratio + self._divergence * divergence
         return loss
 
 
