@@ -10,8 +10,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from cluster import evaluate_cli, weights_cli
+from cluster.console import given, told
 from cluster.local import check, check_port, free_port, running
-from pipeline.errors import InvalidRequest, PipelineError, SettingsInvalid
+from pipeline.errors import InvalidRequest, SettingsInvalid
 from pipeline.request import Person, Request
 from pipeline.settings import Settings
 
@@ -46,7 +45,7 @@ def serve(
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Listen beyond this machine.")] = False,
 ) -> None:
     """Start the service on this machine, until Ctrl-C."""
-    with _told():
+    with told():
         if not (allow_remote or _loopback(host)):
             raise SettingsInvalid(
                 f"--host {host} lets other machines in, and there are no API keys yet. Put an authenticating gateway "
@@ -93,7 +92,7 @@ def generate(  # noqa: PLR0913 - each is an option of the command line
     """Make pictures in this process, without a cluster. Options have the names, ranges and defaults of docs/api.md."""
     from pipeline.flow import chain, load_stages
 
-    with _told():
+    with told():
         wanted = _request(context.params)
         settings = _settings(preset=preset)
         output.parent.mkdir(parents=True, exist_ok=True)  # now, and not when the picture is finished
@@ -117,9 +116,9 @@ def _request(options: dict[str, Any]) -> Request:
     if output.suffix.lower() not in FORMATS:
         raise InvalidRequest("--output: the name has to end in .png, .jpg or .webp.")
     body = parsed(options["request"].read_bytes()) if options["request"] else {}
-    body |= _given(**{name: options.get(name) for name in Request.model_fields})
+    body |= given(**{name: options.get(name) for name in Request.model_fields})
     body["output_format"] = FORMATS[output.suffix.lower()]
-    person = _given(**{name: options.get(name) for name in Person.model_fields})
+    person = given(**{name: options.get(name) for name in Person.model_fields})
     if person.get("face", "").isdecimal():
         person["face"] = int(person["face"])
     if options["photo"]:
@@ -143,7 +142,7 @@ def demo(
 
     started = time.perf_counter()
     seed = secrets.randbelow(1_000_000) if seed is None else seed
-    with _told(), tempfile.TemporaryDirectory(prefix="pulid-demo-") as folder:
+    with told(), tempfile.TemporaryDirectory(prefix="pulid-demo-") as folder:
         settings = _settings(preset="miniature", store__url=f"file://{folder}")
         check(settings)
         print("Starting Ray Serve with the preset miniature on this machine.", flush=True)
@@ -160,8 +159,8 @@ def demo(
         path = out.absolute() / "pulid-demo.png"
         _write(path, made.sheet())
         alike = made.likeness(settings)
-        told = "not all show a face" if alike is None else f"{alike[0]:.2f} without the photo, {alike[1]:.2f} with it"
-        print(f"Likeness to the photo, from -1 to 1 by a recogniser that only judges: {told}.")
+        found = "not all show a face" if alike is None else f"{alike[0]:.2f} without the photo, {alike[1]:.2f} with it"
+        print(f"Likeness to the photo, from -1 to 1 by a recogniser that only judges: {found}.")
         print(f"All stopped after {time.perf_counter() - started:.0f} s. The photo, a picture without it, one with it:")
         print(path)
 
@@ -174,31 +173,14 @@ def _until_signal() -> None:
     stop.wait()
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """Errors as one line and exit status 1."""
-    try:
-        yield
-    except PipelineError as error:
-        print(f"{error.code}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
-    except OSError as error:  # a file that an option names
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-        raise typer.Exit(1) from error
-
-
 def _settings(**overrides: Any) -> Settings:
-    settings = Settings.from_environment(**_given(**overrides))
+    settings = Settings.from_environment(**given(**overrides))
     # Replicas have working directories of their own.
     kind, _, path = settings.store.url.partition("://")
     url = f"file://{os.path.abspath(os.path.expanduser(path))}" if kind == "file" else settings.store.url
     paths = {name: getattr(settings, name) for name in ("weights_dir", "miniature_dir", "flux_file")}
     here = {name: path and path.expanduser().absolute() for name, path in paths.items()}
     return settings.model_copy(update={**here, "store": settings.store.model_copy(update={"url": url})})
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _loopback(host: str) -> bool:

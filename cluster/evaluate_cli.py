@@ -3,25 +3,47 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.errors import PipelineError, SettingsInvalid
+from cluster.console import given, told
+from pipeline.errors import SettingsInvalid
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.painting import Condition, Format
     from pipeline.evaluation.people import Case, Subject
     from pipeline.evaluation.run import Results
+    from pipeline.evaluation.studio import JudgeFiles
+
+PEOPLE = 60
+MAX_SEED = 2**32 - 1  # as a picture's seed holds the evaluation's times ten thousand
+OWN_SIZE = (896, 1152)  # of every preset but the miniature
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An evaluation as it is asked for, checked before any network is read."""
+
+    settings: Settings
+    form: "Format"
+    conditions: "tuple[Condition, ...]"
+    judges: "JudgeFiles"
+    subjects: "Sequence[Subject]"
+    cases: "Sequence[Case]"
 
 
 def evaluate(  # noqa: PLR0913 - each is an option of the command line
     preset: Annotated[
         str | None, typer.Option(help="The set of models (PULID_PRESET): miniature, flux-dev, ...")
     ] = None,
-    count: Annotated[int, typer.Option("--people", min=1, help="How many held-out people of the drawn world.")] = 60,
-    seed: Annotated[int, typer.Option(min=0, help="Which people, prompts and noise.")] = 0,
+    count: Annotated[
+        int | None, typer.Option("--people", min=1, help=f"How many held-out people of the drawn world; else {PEOPLE}.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Which people, prompts and noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=30, help="Steps of a picture.")] = 20,
     id_weights: Annotated[str, typer.Option(help="Weights from 0 to 3, parted by commas.")] = "0,0.5,1",
     start_steps: Annotated[str, typer.Option(help="First steps of the identity, at weight 1.")] = "0",
@@ -33,7 +55,9 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command line
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts for them, one a line; else the paper's 20.", dir_okay=False)
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Pictures per person and prompt; the paper makes 4.")] = 1,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Pictures per person of theirs and prompt; else 1.")
+    ] = None,
     judge: Annotated[
         Path | None, typer.Option(help="The recogniser that judges, ONNX; CurricularFace, say.", dir_okay=False)
     ] = None,
@@ -52,58 +76,71 @@ def evaluate(  # noqa: PLR0913 - each is an option of the command line
     real people, for whoever has the weights. Prints a table; a key of the JSON is a figure and a condition, as in
     likeness_0.5 or adherence_start_4.
     """
-    try:
-        settings = Settings.from_environment(**_given(preset=preset, miniature_dir=miniature_dir))
-        if people_dir is None and settings.preset != "miniature":
-            raise SettingsInvalid(f"the preset {settings.preset} draws real people: name a folder with --people-dir.")
-        weights, starts = _numbers(id_weights, float), _numbers(start_steps, int)
-        subjects, cases = _whom(people_dir, count, seed, prompts, repeats)
-        size = _size(settings, width, height)
-        results, about = _measured(settings, subjects, cases, (weights, starts, steps, size), (judge, clip))
-    except PipelineError as error:
-        print(f"{error.code}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
-    except OSError as error:  # a file that an option names
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-        raise typer.Exit(1) from error
-    _tell(results, {"preset": settings.preset, "seed": seed, **about}, json, plots)
+    from pipeline.evaluation.painting import conditions
+    from pipeline.evaluation.studio import JudgeFiles
+
+    with told():
+        settings = Settings.from_environment(**given(preset=preset, miniature_dir=miniature_dir))
+        wanted = conditions(_numbers(id_weights, float), _numbers(start_steps, int), steps)
+        subjects, cases = _whom(settings, seed, count, people_dir, **given(prompts=prompts, repeats=repeats))
+        form = _format(settings, width, height, steps, cases)
+        judges = JudgeFiles.of(settings, judge, clip)
+        for folder in given(json=json and json.parent, plots=plots).values():
+            folder.mkdir(parents=True, exist_ok=True)  # now, and not when all pictures are made
+        results, about = _measured(Plan(settings, form, wanted, judges, subjects, cases))
+        _tell(results, {"preset": settings.preset, "seed": seed, **about}, json, plots)
 
 
 def _whom(
-    people_dir: Path | None, count: int, seed: int, prompts: Path | None, repeats: int
+    settings: Settings, seed: int, count: int | None, people_dir: Path | None, **theirs: Any
 ) -> "tuple[list[Subject], list[Case]]":
+    """Whom and what to draw; theirs: prompts and repeats for people_dir, where they are given."""
     from pipeline.evaluation import people
 
     if people_dir is None:
-        return people.drawn(count, seed)
-    lines = people.read_prompts(prompts) if prompts else people.read_prompts()
-    return people.photographed(people_dir, lines, repeats, seed)
+        if settings.preset != "miniature":
+            raise SettingsInvalid(f"the preset {settings.preset} draws real people: name a folder with --people-dir.")
+        if theirs:
+            raise SettingsInvalid(f"--{next(iter(theirs))} goes with --people-dir: drawn people have a prompt each.")
+        return people.drawn(PEOPLE if count is None else count, seed)
+    if count is not None:
+        raise SettingsInvalid("--people counts drawn people; of --people-dir all are taken.")
+    lines = people.read_prompts(theirs.get("prompts", people.PAPER_PROMPTS))
+    return people.photographed(people_dir, lines, theirs.get("repeats", 1), seed)
 
 
-def _measured(
-    settings: Settings, subjects: "Sequence[Subject]", cases: "Sequence[Case]", how: tuple[Any, ...], judging: Any
-) -> "tuple[Results, dict[str, Any]]":
+def _format(settings: Settings, width: int | None, height: int | None, steps: int, cases: "Sequence[Case]") -> "Format":
+    """What all pictures share; raises InvalidRequest where the service would refuse a case."""
+    from deployments.body import validated
+    from pipeline.evaluation.painting import Format
+    from pipeline.miniature.configs import PICTURE_SIZE
+
+    own = (PICTURE_SIZE, PICTURE_SIZE) if settings.preset == "miniature" else OWN_SIZE
+    form = Format(own[0] if width is None else width, own[1] if height is None else height, steps)
+    for case in cases:
+        validated(form.fields(case))
+    return form
+
+
+def _measured(plan: Plan) -> "tuple[Results, dict[str, Any]]":
     """All figures, and how they came about."""
     from pipeline.evaluation import run, studio
-    from pipeline.evaluation.painting import Format, conditions
 
-    weights, starts, steps, size = how
     started = time.perf_counter()
-    wanted, files = conditions(weights, starts, steps), studio.Files.of(settings, *judging)
-    drawn = subjects if subjects[0].person is not None else ()
-    painter, judges = studio.load(settings, Format(*size, steps), files, drawn)
+    drawn = plan.subjects if plan.subjects[0].person is not None else ()
+    painter, judges = studio.load(plan.settings, plan.form, plan.judges, drawn)
     loaded = time.perf_counter()
-    results = run.evaluate(subjects, cases, wanted, painter.paint, judges, _progress)
+    results = run.evaluate(plan.subjects, plan.cases, plan.conditions, painter.paint, judges, _progress)
     if drawn:
-        results = studio.with_ceiling(results, settings, subjects, cases, judges)
+        results = studio.with_ceiling(results, plan.settings, plan.subjects, plan.cases, judges)
     return results, {
-        "people": len(subjects),
-        "pictures": len(cases),
-        "steps": steps,
-        "width": size[0],
-        "height": size[1],
+        "people": len(plan.subjects),
+        "pictures": len(plan.cases),
+        "steps": plan.form.num_steps,
+        "width": plan.form.width,
+        "height": plan.form.height,
         "seconds": {"load": round(loaded - started, 1), "evaluate": round(time.perf_counter() - loaded, 1)},
-        "models": dict(sorted({**painter.models, **studio.judged_with(files)}.items())),
+        "models": dict(sorted({**painter.models, **studio.judged_with(plan.judges)}.items())),
         "libraries": studio.versions(),
     }
 
@@ -117,16 +154,10 @@ def _tell(results: "Results", about: dict[str, Any], json: Path | None, plots: P
         f"{about['seconds']['evaluate']:.0f} s. ± is one standard error."
     )
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(report.as_json(results, about))
     if plots is not None:
         for path in report.plots(results, plots):
             print(path)
-
-
-def _size(settings: Settings, width: int | None, height: int | None) -> tuple[int, int]:
-    own = (256, 256) if settings.preset == "miniature" else (896, 1152)
-    return width or own[0], height or own[1]
 
 
 def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
@@ -134,10 +165,6 @@ def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise SettingsInvalid(f"{text!r} is not a list of numbers parted by commas.") from error
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: str(value) for name, value in options.items() if value is not None}
 
 
 def _progress(line: str) -> None:

@@ -114,13 +114,13 @@ class FaceDetector:
         self._networks = threading.Lock()
 
     @classmethod
-    def load(cls, settings: Settings) -> Self:
-        """Read the networks from the preset's files; raises WeightsError, SettingsInvalid."""
+    def load(cls, settings: Settings, models: FaceModels | None = None) -> Self:
+        """With these networks, or the preset's, which are read from its files; raises WeightsError, SettingsInvalid."""
         # torch takes seconds to import: now, and not while the first request waits
         import pipeline.models.face_features  # noqa: F401
         from pipeline.photos import PhotoReader
 
-        return cls(PhotoReader(settings).read, load_models(settings))
+        return cls(PhotoReader(settings).read, models or load_models(settings))
 
     def detect(self, person: Person, index: int, cancelled: Callable[[], bool] | None = None) -> Faces:
         """One face per photo of people[index].

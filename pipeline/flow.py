@@ -7,12 +7,15 @@ ingress runs the very same `chain` with remote calls, where each stage answers w
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import IdentityNotFound
 from pipeline.request import Request
 from pipeline.settings import Settings
 from pipeline.store import Store, Stored
+
+if TYPE_CHECKING:
+    from pipeline.faces import FaceModels
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +32,15 @@ class Stages:
     denoise: Callable[..., Any]
 
 
-def load_stages(settings: Settings) -> Stages:
-    """All stages in this process, with their models; raises WeightsError."""
+def load_stages(settings: Settings, faces: "FaceModels | None" = None) -> Stages:
+    """All stages in this process, with their models, or with face networks that are loaded; raises WeightsError."""
     from pipeline.denoise import FluxDenoiser
     from pipeline.faces import FaceDetector
     from pipeline.identity import IdentityEncoder
     from pipeline.text import TextEncoder
 
     return Stages(
-        faces=FaceDetector.load(settings).detect,
+        faces=FaceDetector.load(settings, faces).detect,
         identity=IdentityEncoder.load(settings).encode,
         text=TextEncoder.load(settings).encode,
         denoise=FluxDenoiser.load(settings).denoise,

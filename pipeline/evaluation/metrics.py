@@ -29,14 +29,27 @@ def mean(values: ArrayLike, groups: ArrayLike | None = None) -> Figure:
     independent of each other; without groups each value is its own. NaN are left out.
     """
     numbers = np.asarray(values, np.float64).reshape(-1)
-    names = np.arange(len(numbers)) if groups is None else np.asarray(groups)
-    known = np.isfinite(numbers)
-    numbers, names = numbers[known], names[known]
-    each = np.array([numbers[names == name].mean() for name in np.unique(names)])
+    each = averaged(numbers[:, None], np.arange(len(numbers)) if groups is None else groups)[:, 0]
+    each = each[np.isfinite(each)]
     if not len(each):
         return Figure()
     error = each.std(ddof=1) / math.sqrt(len(each)) if len(each) > 1 else NOTHING
     return Figure(float(each.mean()), float(error), len(each))
+
+
+def averaged(rows: ArrayLike, groups: ArrayLike) -> NDArray[np.float64]:
+    """Rows (n, d) -> the mean row of each group (m, d), by the groups' rising names (n,).
+
+    Rows with a NaN are left out; a group of nothing else is NaN.
+    """
+    numbers, names = np.asarray(rows, np.float64), np.asarray(groups)
+    known = np.isfinite(numbers).all(axis=1)
+    found = np.full((len(np.unique(names)), numbers.shape[1]), NOTHING)
+    for place, name in enumerate(np.unique(names)):
+        mine = known & (names == name)
+        if mine.any():
+            found[place] = numbers[mine].mean(axis=0)
+    return found
 
 
 def correlation(one: ArrayLike, other: ArrayLike) -> Figure:

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.errors import SettingsInvalid
 from pipeline.evaluation.people import Case, Subject, pixels
@@ -62,15 +63,18 @@ class Format:
 
     def request(self, case: Case, people: Iterable[Person], wide: int = 1) -> Request:
         """A request for a case's prompt and noise with these people; `wide`: as many of the usual widths."""
-        return Request(
-            prompt=case.prompt,
-            people=tuple(people),
-            seed=case.seed,
-            width=self.width * wide,
-            height=self.height,
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-        )
+        return Request(people=tuple(people), **self.fields(case, wide))
+
+    def fields(self, case: Case, wide: int = 1) -> dict[str, Any]:
+        """What a case asks for without people, by the names of a request's fields."""
+        return {
+            "prompt": case.prompt,
+            "seed": case.seed,
+            "width": self.width * wide,
+            "height": self.height,
+            "num_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+        }
 
 
 @dataclass

@@ -101,9 +101,12 @@ def photographed(
 def read_prompts(file: Path = PAPER_PROMPTS) -> list[str]:
     """The prompts of a text file, one a line; empty lines and those that begin with # are left out.
 
-    Without a file: the 20 evaluation prompts of the paper. Raises SettingsInvalid where there is none.
+    Without a file: the 20 evaluation prompts of the paper. Raises SettingsInvalid where there is none, OSError.
     """
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise SettingsInvalid(f"{file} is not UTF-8 (at byte {error.start}); save it in UTF-8.") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise SettingsInvalid(f"{file} holds no prompt: write one a line.")

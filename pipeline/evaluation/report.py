@@ -20,8 +20,10 @@ ROWS: Mapping[str, str] = {
     "pix1": "right person, by pixels",
     "skin_correlation": "skin, correlation",
     "hair_correlation": "hair, correlation",
+    "hair_lost": "hair lost",
     "background": "background as in the prompt",
-    "hat": "hat as in the prompt",
+    "hat": "hat, or none, as in the prompt",
+    "hat_worn": "hat, where one is asked for",
     "adherence": "adherence (mean of the two)",
     "both": "background and hat together",
     "clip_t": "CLIP-T",
@@ -33,13 +35,13 @@ LIKENESS, ADHERENCE = "#1f6f8b", "#c8553d"
 
 
 def as_json(results: Results, run: Mapping[str, Any]) -> str:
-    """The figures by name, each with `<name>_se` beside it, and under `run` how they came about.
+    """The figures by name, with error and number of people as `<name>_se` and `<name>_n`; the counts; the `run`.
 
     null stands for what could not be measured.
     """
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = dict(results.counts)
     for name, figure in sorted(results.figures.items()):
-        flat[name], flat[f"{name}_se"] = _number(figure.value), _number(figure.error)
+        flat[name], flat[f"{name}_se"], flat[f"{name}_n"] = _number(figure.value), _number(figure.error), figure.count
     return json.dumps({**flat, "run": run}, indent=1) + "\n"
 
 
@@ -50,18 +52,28 @@ def _number(value: float) -> float | None:
 def table(results: Results) -> str:
     """A table in Markdown: a row per figure, a column per condition, and the ceiling; +- one standard error.
 
-    Rows that were measured nowhere are left out.
+    Correlations say of how many people they are. Rows that were measured nowhere are left out.
     """
     columns = {_heading(condition): found for condition, found in results.by_condition.items()}
     columns |= {"ceiling": results.ceiling} if results.ceiling else {}
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name, told in ROWS.items():
-        cells = [_cell(found.get(name, Figure())) for found in columns.values()]
+        cells = [_cell(found.get(name, Figure()), counted=name.endswith("correlation")) for found in columns.values()]
+        among = f" of {results.counts[f'{name}_of']}" if f"{name}_of" in results.counts else ""
         if any(cells):
-            lines.append(f"| {told} | {' | '.join(cells)} |")
+            lines.append(f"| {told.replace('right person', f'right person{among}')} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *_remarks(results)])
+
+
+def _remarks(results: Results) -> list[str]:
+    found = []
     if "vae_psnr" in results.figures:
-        lines.append(f"\nThe autoencoder gives whole drawings back with {_cell(results.figures['vae_psnr'])} dB.")
-    return "\n".join(lines)
+        found.append(f"The autoencoder gives whole drawings back with {_cell(results.figures['vae_psnr'])} dB.")
+    if missed := results.counts.get("references_missed"):
+        found.append(f"No face is found in {missed} reference photo(s): no pictures, which count as faceless ones.")
+    if unusable := results.counts.get("photos_unusable"):
+        found.append(f"No face is found in {unusable} second photo(s): their people's likeness is not measured.")
+    return ["\n" + " ".join(found)] if found else []
 
 
 def _heading(condition: Condition) -> str:
@@ -69,10 +81,11 @@ def _heading(condition: Condition) -> str:
     return f"id_weight {condition.id_weight:g}{start}"
 
 
-def _cell(figure: Figure) -> str:
+def _cell(figure: Figure, counted: bool = False) -> str:
     if not math.isfinite(figure.value):
         return ""
-    return f"{figure.value:.3f}" + (f" ± {figure.error:.3f}" if math.isfinite(figure.error) else "")
+    error = f" ± {figure.error:.3f}" if math.isfinite(figure.error) else ""
+    return f"{figure.value:.3f}{error}" + (f" (n {figure.count})" if counted else "")
 
 
 def plots(results: Results, folder: Path) -> list[Path]:

@@ -1,12 +1,12 @@
 """Sheets for the eye: people under rising id_weights, a person mixed from two, two people in one picture."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.evaluation.painting import FULL, NOBODY, Condition, Painter, photo
 from pipeline.evaluation.people import Case, Subject, pixels
@@ -14,7 +14,7 @@ from pipeline.faces import Pixels
 from pipeline.request import Mask, Person
 
 PAPER, INK = (255, 255, 255), (60, 60, 60)
-GAP, CAPTION, LINE = 6, 26, 16  # pixels
+GAP, CAPTION, LINE, TEXT_SIZE = 6, 26, 16, 13  # pixels
 COLUMNS = (NOBODY, Condition(0.5), FULL)
 LEFT, RIGHT = Mask(box=(0.0, 0.0, 0.5, 1.0)), Mask(box=(0.5, 0.0, 1.0, 1.0))
 
@@ -80,26 +80,37 @@ def draw(painter: Painter, case: Case, people: Sequence[Person], wide: int = 1) 
 def labelled(tiles: Sequence[Tile], prompt: str) -> Pixels:
     """A row of tiles of one height, each with its caption beneath, and the prompt above."""
     height = max(tile.rgb.shape[0] for tile in tiles)
-    parts: list[NDArray[np.uint8]] = []
+    columns = []
     for tile in tiles:
         rgb = tile.rgb
         if rgb.shape[0] != height:
             width = round(rgb.shape[1] * height / rgb.shape[0])
             rgb = np.asarray(cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
-        framed = cv2.copyMakeBorder(rgb, 0, CAPTION, 0, GAP, cv2.BORDER_CONSTANT, value=PAPER)
-        parts.append(np.asarray(_written(framed, tile.caption, height + LINE), np.uint8))
-    row = cv2.copyMakeBorder(np.hstack(parts), CAPTION, 0, GAP, 0, cv2.BORDER_CONSTANT, value=PAPER)
-    return _written(row, prompt, LINE, GAP)
+        columns.append(_framed(np.vstack((rgb, written(tile.caption, rgb.shape[1]))), right=GAP))
+    tallest = max(column.shape[0] for column in columns)
+    row = np.hstack([_framed(column, bottom=tallest - column.shape[0]) for column in columns])
+    return _framed(np.vstack((written(prompt, row.shape[1]), row)), left=GAP)
+
+
+def written(text: str, width: int) -> Pixels:
+    """Text on a white strip (H, width, 3), in as many lines as it needs."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(TEXT_SIZE)
+    lines = textwrap.wrap(text, max(1, int(width / font.getlength("n")))) or [""]
+    strip = Image.new("RGB", (width, CAPTION + LINE * (len(lines) - 1)), PAPER)
+    pen = ImageDraw.Draw(strip)
+    for number, line in enumerate(lines):
+        pen.text((0, LINE * number + 5), line, INK, font)
+    return np.asarray(strip, np.uint8)
 
 
 def stacked(rows: Sequence[Pixels]) -> Pixels:
     """Rows one under another, on white."""
     width = max(row.shape[1] for row in rows)
-    wide = [cv2.copyMakeBorder(r, 0, GAP, 0, width - r.shape[1], cv2.BORDER_CONSTANT, value=PAPER) for r in rows]
+    wide = [_framed(row, right=width - row.shape[1], bottom=GAP) for row in rows]
     return np.asarray(np.vstack(wide), np.uint8)
 
 
-def _written(rgb: Any, text: str, y: int, x: int = 2) -> Pixels:
-    written = np.ascontiguousarray(rgb)
-    cv2.putText(written, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, INK, 1, cv2.LINE_AA)
-    return np.asarray(written, np.uint8)
+def _framed(rgb: Pixels, left: int = 0, right: int = 0, bottom: int = 0) -> Pixels:
+    return np.asarray(cv2.copyMakeBorder(rgb, 0, bottom, left, right, cv2.BORDER_CONSTANT, value=PAPER), np.uint8)

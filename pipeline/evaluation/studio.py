@@ -1,7 +1,7 @@
 """What an evaluation works with, from a preset's files: the painter, the judges, the autoencoder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
@@ -22,7 +22,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "timm", "onnxruntime-gpu", "o
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class JudgeFiles:
     """Where the judges' own networks are: an ONNX recogniser, and a folder of CLIP; None: without CLIP."""
 
     judge: Path
@@ -44,30 +44,23 @@ class Files:
         return cls(judge, clip)
 
 
-def load(settings: Settings, form: Format, files: Files, drawn: Sequence[Subject] = ()) -> tuple[Painter, Judges]:
+def load(settings: Settings, form: Format, files: JudgeFiles, drawn: Sequence[Subject] = ()) -> tuple[Painter, Judges]:
     """All stages of the service in this process, and the judges; raises WeightsError, SettingsInvalid.
 
     drawn: the people of the drawn world that pictures are compared with; none for real people.
     """
     from pipeline import checkpoints
-    from pipeline.denoise import FluxDenoiser
-    from pipeline.faces import FaceDetector, load_models
-    from pipeline.flow import Stages
-    from pipeline.identity import IdentityEncoder
+    from pipeline.faces import load_models
+    from pipeline.flow import load_stages
     from pipeline.photos import PhotoReader
-    from pipeline.text import TextEncoder
 
-    faces, read = load_models(settings), PhotoReader(settings).read
-    stages = Stages(
-        faces=FaceDetector(read, faces).detect,
-        identity=IdentityEncoder.load(settings).encode,
-        text=TextEncoder.load(settings).encode,
-        denoise=FluxDenoiser.load(settings).denoise,
-    )
+    # the judges first: what they lack is told before gigabytes are read
+    faces = load_models(settings)
     eye = FaceJudge.load(faces, files.judge, str(checkpoints.device(settings)))
     clip = None if files.clip is None else Clip.load(files.clip, settings)
     comparer = Drawings(drawn) if drawn else None
-    return Painter(stages, form), Judges(eye, photo_reader(read), clip, comparer)
+    judges = Judges(eye, photo_reader(PhotoReader(settings).read), clip, comparer)
+    return Painter(load_stages(settings, faces), form), judges
 
 
 def photo_reader(read: Callable[..., Pixels]) -> Callable[[bytes], Pixels]:
@@ -126,7 +119,8 @@ def with_ceiling(
     mirror = Mirror(settings)
     found = evaluate(subjects, cases, (FULL,), mirror.paint, judges).by_condition[FULL]
     figures = {f"{name}_ceiling": figure for name, figure in found.items()}
-    return Results({**results.figures, **figures, "vae_psnr": mirror.quality()}, results.by_condition, found)
+    figures |= {**results.figures, "vae_psnr": mirror.quality()}
+    return replace(results, figures=figures, ceiling=found)
 
 
 def versions() -> dict[str, str]:
@@ -140,7 +134,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def judged_with(files: Files) -> dict[str, str]:
+def judged_with(files: JudgeFiles) -> dict[str, str]:
     """The sha256 of the judges' files, by name."""
     from pipeline.download import sha256
 
