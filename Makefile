@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread per process: two cores and several processes otherwise wait for each other at every barrier.
 export OMP_NUM_THREADS ?= 1
+ALL_CORES := env -u OMP_NUM_THREADS
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lock render serve bench evaluate sheet miniature ablation evaluate sheet
+.PHONY: help setup demo test test-fast check format lock render serve bench evaluate sheet miniature ablation
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -19,7 +20,7 @@ help:  ## this list
 
 setup: .venv/.done  ## a virtual environment in .venv with exactly what requirements.lock names
 
-demo: setup  ## a picture from the astronaut photo, through Ray Serve on this machine
+demo: setup  ## a drawn person in a scene of their own, and the faces of real photos, through Ray Serve on this machine
 	$(BIN)/pulid demo
 
 test: setup  ## all tests (at most 10 minutes on 2 cores)
@@ -51,10 +52,10 @@ bench: setup  ## seconds per stage, and the overhead of HTTP and Ray
 	$(BIN)/python -m bench.stages
 
 evaluate: setup  ## likeness, adherence and colours over 60 people that nothing was trained on (minutes)
-	$(BIN)/pulid evaluate --json evaluation.json
+	$(ALL_CORES) $(BIN)/pulid evaluate --json evaluation.json
 
 sheet: setup  ## the pictures of the README: docs/images/sheet.png, mixed.png, together.png, tradeoff.png
-	$(BIN)/python -m cluster.sheet docs/images
+	$(ALL_CORES) $(BIN)/python -m cluster.sheet docs/images
 
 miniature: setup  ## the miniature's weights from nothing (up to 3 hours on 2 cores; goes on where it was stopped)
 	$(BIN)/python -m cluster.miniature build
