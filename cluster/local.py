@@ -66,7 +66,8 @@ def check(settings: Settings) -> None:
     open_store(settings.store).check()
     files = weights.locate(settings)
     for spec in files.preset.specs:
-        files.path(spec.role)
+        if spec.draws:
+            files.path(spec.role)
 
 
 def check_port(host: str, port: int) -> None:

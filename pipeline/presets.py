@@ -57,7 +57,7 @@ class ModelSpec:
     """The files of one role. One file: the role's path is that file; several, or a whole folder (): it is the folder.
 
     `revision` is a commit or branch on the hub, a release's tag on GitHub. `archive` is the second choice. Without a
-    repository nothing is fetched: the files come with this package.
+    repository nothing is fetched: the files come with this package. `draws`: pictures are made with it.
     """
 
     role: str
@@ -69,6 +69,7 @@ class ModelSpec:
     host: Host = "hub"
     gated: bool = False
     archive: Archive | None = None
+    draws: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,14 +264,19 @@ CLIP = ModelSpec(
 )
 SHARED = (DETECTOR, RECOGNISER, RETINAFACE, PARSING, EVA_CLIP, PULID, T5, CLIP)
 MINIATURE = (
-    ModelSpec("detector", "antelopev2", (ModelFile("scrfd_miniature.onnx"),), OURS),
+    ModelSpec(
+        "detector",
+        "antelopev2",
+        (ModelFile("scrfd_miniature.onnx"),),
+        replace(OURS, name="Apache-2.0 (trained also on 100 faces of LFW, research data)"),
+    ),
     ModelSpec("recogniser", "antelopev2", (ModelFile("arcface_miniature.onnx"),), OURS),
     ModelSpec("parsing", "facexlib", (ModelFile("parsing_bisenet_miniature.safetensors"),), OURS),
     ModelSpec("eva_clip", "eva_clip", (ModelFile("EVA02_CLIP_miniature.safetensors"),), OURS),
     ModelSpec("pulid", "pulid", (ModelFile("pulid_flux_miniature.safetensors"),), OURS),
     *(ModelSpec(role, role, (), OURS) for role in ("flux", "vae", "t5", "clip")),
-    # measures likeness in the evaluation; draws nothing
-    ModelSpec("judge", "judge", (ModelFile("recogniser.onnx"),), OURS),
+    # measures likeness in the evaluation
+    ModelSpec("judge", "judge", (ModelFile("recogniser.onnx"),), OURS, draws=False),
 )
 
 
@@ -278,7 +284,12 @@ MINIATURE = (
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("miniature", "the same classes, very small, trained on drawn people", MINIATURE, shipped=True),
+        Preset(
+            "miniature",
+            "the same classes, very small, trained on drawn people (the detector also on LFW, research data)",
+            MINIATURE,
+            shipped=True,
+        ),
         Preset("flux-dev", "PuLID on FLUX.1 [dev]", (DEV, AUTOENCODER, *SHARED)),
         Preset(
             "flux-krea-dev",
