@@ -31,11 +31,13 @@ ATTRIBUTES = ("background", "hat", "clothes", "expression", "light", "style")
 
 
 def test_the_same_arguments_draw_the_same_pixels():
+    """A drawing and its truth follow from person and scene alone."""
     one, other = (draw(person(3), scene(4)) for _ in range(2))
     assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__slots__)
 
 
 def test_each_seed_is_a_person_of_its_own():
+    """No two seeds give the same vector, nor the same picture, below and above the border of what is held out."""
     vectors = np.stack([person(seed).vector for seed in (*SEEDS, *range(FIRST_HELD_OUT, FIRST_HELD_OUT + 40))])
     assert vectors.shape == (80, VECTOR_SIZE)
     assert vectors.dtype == np.float32
@@ -45,6 +47,7 @@ def test_each_seed_is_a_person_of_its_own():
 
 
 def test_any_vector_has_a_nearest_person_who_is_nearest_to_themselves():
+    """Any numbers become a person with traits in range and one of each kind; doing it again changes nothing."""
     noisy = np.random.default_rng(0).normal(size=VECTOR_SIZE)
     near = person_from(noisy)
     assert np.array_equal(person_from(near.vector).vector, near.vector)
@@ -53,6 +56,7 @@ def test_any_vector_has_a_nearest_person_who_is_nearest_to_themselves():
 
 
 def test_a_mixed_person_lies_between_two():
+    """Half of each has the mean of their traits; a share of 0 or 1 is one of the two."""
     one, other = person(1), person(2)
     middle = mix(one, other).vector[: len(TRAITS)]
     assert middle == pytest.approx((one.vector + other.vector)[: len(TRAITS)] / 2, abs=1e-6)
@@ -61,6 +65,7 @@ def test_a_mixed_person_lies_between_two():
 
 
 def test_the_landmarks_lie_in_the_face_and_fit_the_templates():
+    """The five points are inside the box, and where ArcFace's and FFHQ's templates want them after one similarity."""
     for seed in SEEDS:
         drawing = draw(person(seed), scene(seed))
         left, top, right, bottom = drawing.box
@@ -75,6 +80,7 @@ def test_the_landmarks_lie_in_the_face_and_fit_the_templates():
 
 
 def test_hair_and_hats_lie_inside_the_picture():
+    """Neither is cut by the picture's upper border, nor by the sides beside it."""
     for seed in range(60):
         labels = draw(person(seed), scene(seed), 128).labels
         upper = np.isin(labels, (heads.HAIR, heads.HAT))[: 128 // 2]
@@ -83,6 +89,7 @@ def test_hair_and_hats_lie_inside_the_picture():
 
 
 def test_labels_tell_what_the_pixels_show():
+    """Skin, brows, hat and clothes have their colours where their labels are."""
     bare = replace(person(0), hair_style="bald", glasses="none", beard="none", mark="none", earrings="none")
     drawing = draw(bare, Scene(hat="red beanie", clothes="green hoodie"))
     colours = {
@@ -96,6 +103,7 @@ def test_labels_tell_what_the_pixels_show():
 
 
 def test_labels_lie_where_the_landmarks_are():
+    """Eyes and nose are labelled around their points."""
     for seed in SEEDS:
         who = replace(person(seed), glasses="none")
         drawing = draw(who, scene(seed))
@@ -106,6 +114,7 @@ def test_labels_lie_where_the_landmarks_are():
 
 
 def test_sizes_show_the_same_drawing():
+    """Half the size has the same landmarks and labels, halved."""
     who, where = person(5), scene(6)
     small, large = draw(who, where, 128), draw(who, where, 256)
     assert 2 * small.landmarks + 0.5 == pytest.approx(large.landmarks, abs=1e-3)
@@ -113,6 +122,7 @@ def test_sizes_show_the_same_drawing():
 
 
 def test_a_prompt_reads_back_as_its_scene():
+    """What a prompt names is what its scene has; background and hat are always named, in few and known words."""
     for seed in range(500):
         where = scene(seed)
         text = prompt(where, seed)
@@ -126,6 +136,7 @@ def test_a_prompt_reads_back_as_its_scene():
 
 
 def test_a_full_prompt_names_everything():
+    """A full prompt of a held-out scene reads back as the whole scene."""
     for seed in range(500):
         where = held_out_scene(seed)
         text = prompt(where, seed, full=True)
@@ -136,6 +147,7 @@ def test_a_full_prompt_names_everything():
 
 
 def test_a_prompt_of_somebody_elses_is_read_as_far_as_it_is_known():
+    """Unknown words are passed over, capitals mean nothing, and no words name nothing."""
     text = "Oil painting of a happy astronaut, wearing a yellow STRAW HAT, black suit, at the beach, 8k"
     assert read(text) == {
         "expression": "smiling",
@@ -147,6 +159,7 @@ def test_a_prompt_of_somebody_elses_is_read_as_far_as_it_is_known():
 
 
 def test_training_never_sees_a_held_out_combination():
+    """About a tenth of the combinations is held out, and every single name is both trained and held out."""
     trained = {(s.background, s.hat, s.clothes) for s in (scene(seed) for seed in range(2000))}
     held_out = {(s.background, s.hat, s.clothes) for s in (held_out_scene(seed) for seed in range(2000))}
     assert not any(is_held_out(*names) for names in trained)
@@ -160,6 +173,7 @@ def test_training_never_sees_a_held_out_combination():
 
 
 def test_fixed_attributes_are_kept():
+    """A scene has what was asked for, and is never one that is held out."""
     fixed = {"hat": "top hat", "background": "snow", "light": "dim", "scale": 1.0}
     for seed in range(20):
         where = scene(seed, **fixed)
@@ -172,4 +186,5 @@ def test_fixed_attributes_are_kept():
 
 @pytest.mark.parametrize(("names", "attribute"), [(EXPRESSIONS, "expression"), (LIGHTS, "light"), (STYLES, "style")])
 def test_every_name_is_drawn(names, attribute):
+    """Each name of an attribute comes up."""
     assert {getattr(scene(seed), attribute) for seed in range(200)} == set(names)
