@@ -38,7 +38,7 @@ def main(
     weights: Annotated[
         Path, typer.Option(help="The build's finished files; the shipped ones, if not said.", file_okay=False)
     ] = SHIPPED,
-    people: Annotated[int, typer.Option(min=1, help="How many held-out people.")] = 60,
+    people: Annotated[int, typer.Option(min=2, help="How many held-out people.")] = 60,
     seed: Annotated[int, typer.Option(min=0, help="Which people, prompts and noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=30, help="Steps of a picture.")] = 20,
     to: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", dir_okay=False)] = None,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,14 @@ def test_pictures_of_one_person_are_one_observation():
     """Values of a group are averaged first: ten pictures of one person do not outweigh one of another."""
     figure = metrics.mean([0] * 10 + [1], groups=["a"] * 10 + ["b"])
     assert figure == Figure(0.5, 0.5, 2)
+
+
+def test_rows_are_averaged_by_group():
+    """A row per group, by rising name; rows that were not measured are left out, and a group of such is none."""
+    rows = [[1, 2], [9, 9], [3, 4], [math.nan, 6], [math.nan, 1]]
+    assert metrics.averaged(rows, [2, 1, 2, 2, 3]) == pytest.approx(
+        np.array([[9, 9], [2, 3], [math.nan, math.nan]]), nan_ok=True
+    )
 
 
 def test_what_could_not_be_measured_is_left_out():
@@ -89,6 +98,14 @@ def test_the_papers_prompts():
     assert all(prompt.startswith("portrait") for prompt in prompts)
 
 
+def test_prompts_are_a_text_in_utf_8(tmp_path):
+    """Another file is refused, and so is one that holds remarks only."""
+    for content, told in ((b"portrait \xff", "not UTF-8"), (b"# remark\n", "no prompt")):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        with pytest.raises(SettingsInvalid, match=told):
+            people.read_prompts(tmp_path / "prompts.txt")
+
+
 def test_a_folder_of_people(tmp_path):
     """Each folder with photos is a person; the first photo conditions, the second is compared with, if there is one."""
     for name, files in {"ann": ("b.png", "a.jpg"), "bob": ("x.webp",), "empty": ("notes.txt",)}.items():
@@ -125,11 +142,23 @@ def test_the_table_shows_what_was_measured():
     assert len(table) == 3
 
 
-def test_the_json_has_an_error_for_each_figure():
-    """Keys are name and condition, errors end in _se, and what was not measured is null."""
+def test_the_table_says_among_how_many():
+    """The right person of how many, a correlation of how many, and whose photos were of no use."""
+    counts = {"top1_of": 59, "pix1_of": 60, "references_missed": 0, "photos_unusable": 1}
+    table = report.table(replace(results(top1=0.9, pix1=0.8, skin_correlation=0.7), counts=counts)).splitlines()
+    assert table[2].startswith("| right person of 59, by the judge | 0.900")
+    assert table[3].startswith("| right person of 60, by pixels | 0.800")
+    assert table[4] == "| skin, correlation |" + " 0.700 ± 0.010 (n 3) |" * 3
+    assert "1 second photo(s)" in table[6]
+    assert "reference photo" not in table[6]
+
+
+def test_the_json_has_error_and_number_for_each_figure():
+    """Keys are name and condition, errors end in _se, numbers of people in _n; what was not measured is null."""
     told = json.loads(report.as_json(results(likeness=0.5, clip_t=math.nan), {"seed": 3}))
     assert told["likeness_start_4"] == 0.5
     assert told["likeness_0_se"] == 0.01
+    assert told["likeness_0_n"] == 3
     assert told["clip_t_1"] is None
     assert told["run"] == {"seed": 3}
 

@@ -1,26 +1,20 @@
-"""What the evaluation says of pictures whose worth is known, and a whole run with untrained networks."""
+"""What the evaluation says of pictures whose worth is known."""
 
-import json
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from cluster.cli import app
-from pipeline.evaluation import people, run, sheet
+from pipeline.errors import NoFace
+from pipeline.evaluation import people, run
 from pipeline.evaluation.drawings import Drawings
 from pipeline.evaluation.judges import Look, hair_colour, skin_colour
-from pipeline.evaluation.painting import FULL, NOBODY, Format, Painter
-from pipeline.flow import load_stages
+from pipeline.evaluation.painting import FULL, NOBODY
 from pipeline.miniature.people import person
 from pipeline.miniature.scenes import read, scene
 from pipeline.miniature.world import draw
 from pipeline.models.alignment import FFHQ_TEMPLATE, ffhq_crop, similarity
-from pipeline.settings import Settings
-from tests import untrained
-from tests.face_models import red_squares
 
 PEOPLE = 12
 
@@ -48,28 +42,35 @@ class Oracle:
         return Look(embedding, drawing.landmarks, skin_colour(aligned), hair_colour(aligned, labels))
 
 
-@pytest.fixture(scope="module")
-def world():
-    """People, cases, and judges to whom all photos are known."""
-    subjects, cases = people.drawn(PEOPLE, seed=5)
+def acquainted(count, seed):
+    """People, cases, and an oracle to whom all photos are known."""
+    subjects, cases = people.drawn(count, seed)
     oracle = Oracle()
     for subject in subjects:
         number = int(subject.name.split()[1])
         plain, other = scene(2 * number, hat="none", light="soft", style="drawing"), scene(2 * number + 1, hat="none")
         assert people.pixels(subject.reference).tobytes() == oracle.draw(subject.person, plain).tobytes()
         assert people.pixels(subject.second).tobytes() == oracle.draw(subject.person, other).tobytes()
+    return subjects, cases, oracle
+
+
+@pytest.fixture(scope="module")
+def world():
+    """People, cases, an oracle to whom all photos are known, and judges that also compare pixels."""
+    subjects, cases, oracle = acquainted(PEOPLE, seed=5)
     return subjects, cases, oracle, run.Judges(oracle, people.pixels, comparer=Drawings(subjects))
 
 
 def test_people_and_prompts_are_held_out_and_follow_the_seed():
     """Another seed is other people and prompts; every prompt names a combination that training never draws."""
-    (one, cases), (again, _), (other, _) = people.drawn(2, 1), people.drawn(2, 1), people.drawn(2, 2)
+    (one, cases), (again, _), (other, others) = people.drawn(2, 1), people.drawn(2, 1), people.drawn(2, 2)
     assert [s.reference for s in one] == [s.reference for s in again]
     assert not {s.name for s in one} & {s.name for s in other}
+    assert not {c.prompt for c in cases} & {c.prompt for c in others}
     assert all(case.scene.held_out for case in cases)
     for case in cases:
         named = read(case.prompt)
-        assert named["background"] == case.scene.background
+        assert len(named) == 6
         assert all(getattr(case.scene, attribute) == name for attribute, name in named.items())
 
 
@@ -81,7 +82,7 @@ def test_drawings_of_the_right_people_are_near_perfect(world):
     ).figures
     for name in ("likeness_1", "top1", "faces_found_1"):
         assert found[name].value == pytest.approx(1)
-    for name in ("pix1", "background_1", "hat_1"):
+    for name in ("pix1", "background_1", "hat_1", "hat_worn_1"):
         assert found[name].value >= 0.9, name
     assert found["skin_correlation"].value > 0.9
     assert found["hair_correlation"].value > 0.85
@@ -102,7 +103,96 @@ def test_drawings_of_wrong_people_are_near_chance(world):
         assert found[name].value < 0.4, name
     assert found["background_1"].value == 0
     assert found["hat_1"].value == np.mean([case.scene.hat == "top hat" for case in cases])
-    assert abs(found["skin_correlation"].value) < 0.7
+
+
+def test_colours_of_wrong_people_do_not_correlate():
+    """The skin of strangers has nothing to do with that of the references."""
+    subjects, cases, oracle = acquainted(40, seed=6)
+    found = run.evaluate(
+        subjects,
+        cases,
+        (FULL,),
+        lambda _, case, __: oracle.draw(person(cases.index(case) + 100), case.scene),
+        run.Judges(oracle, people.pixels),
+    ).figures
+    assert found["skin_correlation"].count == 40
+    assert abs(found["skin_correlation"].value) < 0.4
+    assert abs(found["hair_correlation"].value) < 0.6  # of the third whom neither hat nor baldness leaves without hair
+
+
+def test_more_pictures_of_a_person_are_no_more_people(world):
+    """Every picture twice leaves each figure, its error and its number of people as they were."""
+    subjects, cases, oracle, _ = world
+
+    def paint(subject, case, condition):
+        return oracle.draw(subject.person, replace(case.scene, hat="none"))
+
+    judges = run.Judges(oracle, people.pixels)
+    once, twice = (run.evaluate(subjects, many, (FULL,), paint, judges).figures for many in (cases, [*cases, *cases]))
+    assert once["skin_correlation"].count == PEOPLE
+    for name, one in once.items():
+        two = twice[name]
+        assert (two.value, two.error, two.count) == pytest.approx((one.value, one.error, one.count), nan_ok=True), name
+
+
+def test_hats_that_are_asked_for_are_told_apart(world):
+    """Who never draws a hat is right whenever none is asked for, and wrong whenever one is."""
+    subjects, cases, oracle, judges = world
+    found = run.evaluate(
+        subjects,
+        cases,
+        (FULL,),
+        lambda subject, case, _: oracle.draw(subject.person, replace(case.scene, hat="none")),
+        judges,
+    ).figures
+    asked = sum(case.scene.hat != "none" for case in cases)
+    assert 0 < asked < PEOPLE
+    assert (found["hat_worn_1"].value, found["hat_worn_1"].count) == (0, asked)
+    assert found["hat_1"].value == pytest.approx(1 - asked / PEOPLE)
+
+
+def test_a_missed_reference_does_not_end_the_run(world):
+    """Whoever is not found scores as faceless and is counted; only if nobody is found is there no evaluation."""
+    subjects, cases, oracle, judges = world
+    blank = people.png(np.zeros((256, 256, 3), np.uint8))
+    some = [
+        replace(subjects[0], reference=blank),
+        replace(subjects[1], second=blank),
+        *subjects[2:],
+    ]
+    results = run.evaluate(
+        some, cases, (FULL,), lambda subject, case, _: oracle.draw(subject.person, case.scene), judges
+    )
+    assert results.counts == {
+        "top1_of": PEOPLE - 1,
+        "pix1_of": PEOPLE,
+        "references_missed": 1,
+        "photos_unusable": 1,
+    }
+    found = results.figures
+    assert found["faces_found_1"].value == pytest.approx(1 - 1 / PEOPLE)
+    assert (found["likeness_1"].value, found["likeness_1"].count) == (pytest.approx(1 - 1 / (PEOPLE - 1)), PEOPLE - 1)
+    assert found["top1"].value == pytest.approx(1 - 1 / (PEOPLE - 1))
+    assert found["skin_correlation"].count == PEOPLE - 1
+
+    def refuse(*_):
+        raise NoFace("the painter sees none either")
+
+    assert run.evaluate(subjects, cases, (FULL,), refuse, judges).figures["pix1"].value == 0
+    with pytest.raises(NoFace, match="anybody"):
+        run.evaluate([replace(s, reference=blank) for s in subjects], cases, (FULL,), refuse, judges)
+
+
+def test_one_person_is_not_told_from_others(world):
+    """Among fewer than two people the right one is no achievement: top1 and pix1 are not measured."""
+    subjects, cases, oracle, _ = world
+    one = subjects[:1]
+    judges = run.Judges(oracle, people.pixels, comparer=Drawings(one))
+    found = run.evaluate(
+        one, cases[:1], (FULL,), lambda subject, case, _: oracle.draw(subject.person, case.scene), judges
+    ).figures
+    assert np.isnan([found["top1"].value, found["pix1"].value]).all()
+    assert found["likeness_1"].value == pytest.approx(1)
 
 
 def test_blurred_drawings_are_still_read(world):
@@ -140,77 +230,3 @@ def test_skin_and_hair_colours_are_the_persons(world):
             assert np.isnan(look.hair).all()
         elif np.isfinite(look.hair).all():
             assert np.abs(look.hair - subject.person.hair).mean() < 35
-
-
-@pytest.fixture(scope="module")
-def miniature(tmp_path_factory):
-    """An untrained miniature, whose faces are red squares."""
-    return untrained.write(tmp_path_factory.mktemp("miniature"))
-
-
-@pytest.fixture(scope="module")
-def album(tmp_path_factory):
-    """Two people: one with two photos, one with one."""
-    folder = tmp_path_factory.mktemp("people")
-    for name, corners in {"ann": ((64, 64), (96, 64)), "bob": ((64, 96),)}.items():
-        (folder / name).mkdir()
-        for index, corner in enumerate(corners):
-            photo = people.png(red_squares((256, 256), corner))
-            (folder / name / f"{index}.png").write_bytes(photo)
-    return folder
-
-
-def test_the_command_on_a_folder_of_people(miniature, album, tmp_path):
-    """A table, plots, and a JSON whose figures have errors and name the files that they come from."""
-    (tmp_path / "prompts.txt").write_text("# remark\nportrait of a person, in space\n")
-    options = {
-        "--miniature-dir": miniature,
-        "--people-dir": album,
-        "--prompts": tmp_path / "prompts.txt",
-        "--json": tmp_path / "out" / "figures.json",
-        "--plots": tmp_path / "plots",
-        "--steps": 2,
-        "--id-weights": "0.5",
-        "--start-steps": "0,1",
-    }
-    told = CliRunner().invoke(app, ["evaluate", *(str(part) for pair in options.items() for part in pair)])
-    assert told.exit_code == 0, told.output
-    assert "| likeness to the reference photo |" in told.output
-    found = json.loads((tmp_path / "out" / "figures.json").read_text())
-    for name in ("likeness", "likeness_ref", "top1", "clip_t", "clip_i", "faces_found", "adherence", "copy_paste"):
-        for condition in ("0", "0.5", "1", "start_1"):
-            assert {f"{name}_{condition}", f"{name}_{condition}_se"} <= found.keys()
-    assert {"random_pairs", "top1", "pix1", "skin_correlation", "hair_correlation"} <= found.keys()
-    assert found["clip_i_0"] == pytest.approx(1)
-    assert "judge/recogniser.onnx" in found["run"]["models"]
-    assert len(list((tmp_path / "plots").iterdir())) == 2
-
-
-def test_the_command_says_what_is_missing(tmp_path):
-    """Real presets need real people; a folder without people, or a wrong list, is told in a line."""
-    for options, told in (
-        (["--preset", "flux-dev"], "--people-dir"),
-        (["--people-dir", str(tmp_path)], "one folder per person"),
-        (["--id-weights", "a,b"], "not a list of numbers"),
-        (["--people-dir", str(tmp_path), "--prompts", str(tmp_path / "none.txt")], "none.txt"),
-    ):
-        outcome = CliRunner().invoke(app, ["evaluate", *options])
-        assert outcome.exit_code == 1
-        assert told in outcome.output
-
-
-def test_the_sheets(miniature):
-    """Every sheet is one picture, whose rows are the cases: people, mixed people, two people side by side."""
-    square = people.png(red_squares((256, 256), (64, 64)))
-    subjects = [people.Subject(name, square) for name in ("ann", "bob")]
-    cases = [people.Case(index, "a person", index) for index in (0, 1)]
-    painter = Painter(load_stages(Settings(miniature_dir=miniature)), Format(256, 256, num_steps=1))
-    pair = [(subjects[0], subjects[1])]
-    row = 256 + 2 * sheet.CAPTION + sheet.GAP
-    for rgb, rows, tiles in (
-        (sheet.people_sheet(painter, subjects, cases), 2, 4),
-        (sheet.mixed_sheet(painter, pair, cases[:1]), 1, 6),
-        (sheet.together_sheet(painter, pair, cases[:1]), 1, 3),
-    ):
-        assert rgb.shape[0] == rows * row
-        assert rgb.shape[1] >= tiles * 256
