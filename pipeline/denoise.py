@@ -201,7 +201,10 @@ class FluxDenoiser:
         weight = torch.full((1, 1, 1), person.id_weight, device=device)
         mask = None
         if person.mask is not None:
-            grid = mask_grid(person.mask, *self._grid(request), f"people[{index}].mask")
+            rows, columns = self._grid(request)
+            # a mask speaks of the picture, which _decode cuts out of the middle of the grid
+            beyond = (rows - request.height / self._edge) / 2, (columns - request.width / self._edge) / 2
+            grid = mask_grid(person.mask, rows, columns, f"people[{index}].mask", beyond)
             mask = torch.from_numpy(grid).reshape(1, -1, 1).to(device)  # (1, N, 1)
         end = request.num_steps if person.end_step is None else person.end_step
         return Presence(

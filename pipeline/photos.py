@@ -84,15 +84,19 @@ class PhotoReader:
         return _shrunk(np.array(_upright_rgb(image, "white")), self._settings.long_edge)
 
 
-def mask_grid(mask: Mask, rows: int, columns: int, where: str = "A person's mask") -> NDArray[np.float32]:
+def mask_grid(
+    mask: Mask, rows: int, columns: int, where: str = "A person's mask", beyond: tuple[float, float] = (0, 0)
+) -> NDArray[np.float32]:
     """How far a mask covers each cell of a grid: (rows, columns) in 0..1, the exact area average.
 
-    A picture is stretched over the grid; white acts, and what is transparent does not. Raises MaskUnreadable with a
-    message that begins with `where`.
+    A picture is stretched over the grid; white acts, and what is transparent does not. `beyond`: by how much of a cell
+    the grid is larger at top and bottom, and at left and right; a cell counts as far as it lies in the picture. Raises
+    MaskUnreadable with a message that begins with `where`.
     """
     if mask.box is not None:
-        left, top, right, bottom = np.array(mask.box)[:, None] * np.array((columns, rows, columns, rows))[:, None]
-        return (_overlap(top, bottom, rows).T @ _overlap(left, right, columns)).astype(np.float32)
+        sides = ((mask.box[1::2], rows, beyond[0]), (mask.box[0::2], columns, beyond[1]))
+        down, across = (_covered(*ends, cells, margin) for ends, cells, margin in sides)
+        return np.outer(down, across).astype(np.float32)
     try:
         image = _open(_from_base64(mask.base64 or "", MASK_BYTES), MASK_PIXELS)
         if max(image.size) > MASK_EDGE:
@@ -100,7 +104,8 @@ def mask_grid(mask: Mask, rows: int, columns: int, where: str = "A person's mask
         gray = np.array(_upright_rgb(image, "black").convert("L"), np.float32) / 255
     except PhotoError as error:
         raise MaskUnreadable(f"{where} {error}") from error
-    grid = _average(rows, gray.shape[0]) @ gray @ _average(columns, gray.shape[1]).T
+    height, width = gray.shape
+    grid = _average(rows, height, beyond[0]) @ gray @ _average(columns, width, beyond[1]).T
     return np.asarray(np.clip(grid, 0, 1).round(6), np.float32)  # a sum of weights is 1 but for rounding
 
 
@@ -111,10 +116,23 @@ def _overlap(starts: NDArray[np.float64], ends: NDArray[np.float64], cells: int)
     return np.asarray(np.clip(overlap, 0, 1), np.float64)
 
 
-def _average(cells: int, pixels: int) -> NDArray[np.float64]:
+def _covered(start: float, end: float, cells: int, beyond: float) -> NDArray[np.float64]:
+    """How much of each cell's part in the picture lies between two fractions of the picture: (cells,) in 0..1."""
+    ends = np.array((start, end)) * (cells - 2 * beyond) + beyond
+    return np.asarray(_overlap(ends[:1], ends[1:], cells)[0] / _inside(cells, beyond), np.float64)
+
+
+def _average(cells: int, pixels: int, beyond: float) -> NDArray[np.float64]:
     """The weights (cells, pixels) that average a row of pixels into equal cells."""
-    edges = np.linspace(0, pixels, cells + 1)
-    return _overlap(edges[:-1], edges[1:], pixels) * (cells / pixels)
+    cell = pixels / (cells - 2 * beyond)
+    edges = np.linspace(-beyond * cell, pixels + beyond * cell, cells + 1)
+    weights = _overlap(edges[:-1], edges[1:], pixels) * ((cells - 2 * beyond) / pixels)
+    return np.asarray(weights / _inside(cells, beyond)[:, None], np.float64)
+
+
+def _inside(cells: int, beyond: float) -> NDArray[np.float64]:
+    """How much of each of `cells` unit cells lies in a picture that ends `beyond` before them on both sides."""
+    return _overlap(np.array([beyond]), np.array([cells - beyond]), cells)[0]
 
 
 def _from_base64(text: str, max_bytes: int) -> bytes:

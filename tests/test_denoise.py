@@ -1,4 +1,3 @@
-import base64
 import io
 import math
 
@@ -12,15 +11,6 @@ from pipeline.errors import Cancelled, MaskUnreadable, PictureInvalid
 from pipeline.models.flux import IdentityFlux, IdentityRows
 from pipeline.request import Request
 from tests import small
-
-
-def _png(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-GRADIENT = _png(np.tile(np.arange(256, dtype=np.uint8), (256, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +107,25 @@ def test_an_image_token_is_as_large_as_the_autoencoder_says():
 
 
 def test_a_size_between_two_tokens_is_the_middle_of_the_next_larger_picture():
-    """Every size that a request may have comes out; what is beyond it is cut off evenly on both sides, mask and all."""
-    coarse, person = small.denoiser(levels=5), {"mask": {"base64": GRADIENT}}
+    """Every size that a request may have comes out; what is beyond it is cut off evenly on both sides."""
+    coarse = small.denoiser(levels=5)
     whole, middle = (
-        np.asarray(Image.open(io.BytesIO(draw(coarse, request([person], **size), small.identity(1)))))
+        np.asarray(Image.open(io.BytesIO(draw(coarse, request([{}], **size), small.identity(1)))))
         for size in ({"width": 320, "height": 288}, {"width": 304, "height": 272})
     )
     assert whole.shape == (288, 320, 3)
     np.testing.assert_array_equal(middle, whole[8:-8, 8:-8])
+
+
+@pytest.mark.parametrize("right", [0.25, 1])
+def test_a_mask_is_a_part_of_the_picture_that_comes_out(right):
+    """At a size between two tokens too: a quarter of the mask covers a quarter of the pixels that are not cut off."""
+    person = request([{"mask": {"box": [0, 0, right, 1]}}], width=304, height=272)
+    mask = small.denoiser(levels=5)._presence(person, 0, small.identity(1)).positive.mask
+    pixels = np.kron(mask.reshape(9, 10), np.ones((32, 32)))[8:-8, 8:-8]  # as large as the picture
+    assert pixels.mean() == pytest.approx(right)
+    assert (pixels[:, :56] == 1).all()  # the tokens that lie in the quarter
+    assert right == 1 or (pixels[:, 88:] == 0).all()
 
 
 def test_numbers_that_are_no_picture_are_an_error():

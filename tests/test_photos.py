@@ -433,6 +433,22 @@ def test_a_mask_picture_is_averaged_by_area(rows, columns):
     assert np.allclose(result, grid(rows, columns, box=(0, 0, 0.5, 1)), atol=1e-5)
 
 
+@pytest.mark.parametrize("beyond", [(0.25, 0.25), (0, 0.125), (0.4, 0)])
+def test_a_mask_on_a_grid_larger_than_the_picture(beyond):
+    """A quarter of the picture is a quarter of the cells' parts in it, as a box and as a picture; all of it is all."""
+    pixels = np.zeros((60, 40), np.uint8)
+    pixels[:, :10] = 255
+    masks = Mask(box=(0, 0, 0.25, 1)), Mask(base64=base64.b64encode(saved(Image.fromarray(pixels))).decode())
+    box, picture = (mask_grid(mask, 9, 10, beyond=beyond) for mask in masks)
+    down, across = np.ones(9), np.ones(10)
+    down[[0, -1]], across[[0, -1]] = 1 - beyond[0], 1 - beyond[1]
+    assert (box * np.outer(down, across)).sum() == pytest.approx((9 - 2 * beyond[0]) * (10 - 2 * beyond[1]) / 4)
+    assert (box[:, :2] == 1).all()
+    assert (box[:, 3:] == 0).all()
+    assert np.allclose(box, picture, atol=1e-5)
+    assert (mask_grid(Mask(box=(0, 0, 1, 1)), 9, 10, beyond=beyond) == 1).all()
+
+
 def test_mask_pictures_of_every_kind():
     """White acts; transparent does not; 16 bits, one bit and one pixel are fine."""
     assert grid(1, 1, saved(Image.new("L", (1, 1), 51))) == pytest.approx(0.2)
