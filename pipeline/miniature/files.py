@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.download import sha256
 from pipeline.manifest import Entry, Manifest
 from pipeline.presets import PRESETS
+from pipeline.tensors import write_tensors
 from pipeline.weights import WeightFiles
 
 PRESET = PRESETS["miniature"]
@@ -21,13 +22,11 @@ def place(folder: Path, role: str) -> Path:
 
 def save_transformer(model: Any, folder: Path) -> None:
     """Write a model of transformers, configuration and safetensors, beside its tokenizer."""
-    from safetensors.torch import save_file
-
     model.config.save_pretrained(folder)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     tensors.pop("encoder.embed_tokens.weight", None)  # T5's second name for `shared.weight`
     # By hand, for the model's own save_pretrained draws a progress bar.
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def write_manifest(folder: Path) -> None:
@@ -40,5 +39,6 @@ def write_manifest(folder: Path) -> None:
     for spec in PRESET.specs:
         files.path(spec.role)
         for path in files.members(spec.role):
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors lets nobody but the writer read
             files.manifest.entries[files.name(path)] = Entry(sha256(path), path.stat().st_size)
     files.manifest.write()

@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.errors import InvalidRequest, PhotoUnreadable, SettingsInvalid, WeightsMissing
 from pipeline.faces import Face, FaceDetector
 from pipeline.request import Person, Photo
+from pipeline.tensors import write_tensors
 from pipeline.training.config import Frozen, TrainingConfig
 from pipeline.training.crop import face_crops
 from pipeline.training.examples import Batch, Prompts
@@ -149,15 +150,6 @@ def _covered(box: NDArray[np.float32], size: int, cells: int) -> Tensor:
         return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * (cells / size)
 
     return overlap(top, bottom)[:, None] * overlap(left, right)[None]
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, atomically."""
-    from safetensors.torch import save_file
-
-    partial = path.with_name(f"{path.name}.part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
 
 
 def write_shard(folder: Path, name: str, examples: Sequence[Mapping[str, Tensor]]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.models.flux import IdentityFlux
 from pipeline.models.pulid import IDFormer, PulidCrossAttention
+from pipeline.tensors import write_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -87,12 +88,7 @@ def new_pulid(
 
 def save_pulid(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
     """Write trained weights as `pulid_flux_*.safetensors` is written: official names and dtype; atomically."""
-    from safetensors.torch import save_file
-
-    state = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
-    partial = path.with_name(f"{path.name}.part")
-    save_file(state, partial)
-    partial.replace(path)
+    write_tensors(path, {name: weight.detach().to("cpu", dtype) for name, weight in weights.items()})
 
 
 def locate_with(finder: "Finder") -> Locate:
