@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPModel, CLIPTokenizer, T5Tokenizer
+from transformers import CLIPModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from cluster.local import check
 from pipeline import checkpoints, weights
 from pipeline.errors import WeightsCorrupt, WeightsMissing
-from pipeline.miniature import configs
-from pipeline.miniature.files import PRESET, place, write_manifest
+from pipeline.miniature import configs, tokenizers
+from pipeline.miniature.files import PRESET, place, save_transformer, write_manifest
 from pipeline.miniature.scenes import WORDS, held_out_scene, prompt, scene
 from pipeline.models.eva_clip import EvaClip
 from pipeline.models.flux import IdentityFlux, IdentityRows
@@ -61,6 +62,21 @@ def test_the_shipped_files_are_small_and_packaged() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pipeline"]
     package = ROOT / "pipeline"
     assert set(shipped()) <= {path for pattern in patterns for path in package.glob(pattern)}
+
+
+def test_everybody_may_read_the_files(untrained: Path) -> None:
+    """Whoever installed them: safetensors' own writer would let nobody else."""
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in untrained.rglob("*.*"))
+
+
+def test_a_service_needs_only_what_draws(copy: Path, tmp_path: Path) -> None:
+    """It starts without the judge, which only an evaluation asks, and not without a parser."""
+    settings = Settings.from_environment({}, miniature_dir=copy, store__url=f"file://{tmp_path}")
+    place(copy, "judge").unlink()
+    check(settings)
+    place(copy, "parsing").unlink()
+    with pytest.raises(WeightsMissing, match="parsing_bisenet"):
+        check(settings)
 
 
 def test_a_copy_is_as_good(untrained: Path, tmp_path: Path) -> None:
@@ -139,6 +155,28 @@ def test_every_prompt_of_the_world_is_read_whole(untrained: Path) -> None:
     prompts = [prompt(make(seed), seed) for seed in range(200) for make in (scene, held_out_scene)]
     assert max(len(t5(words).input_ids) for words in prompts) <= configs.TEXT_LENGTH == t5.model_max_length
     assert max(len(clip(words).input_ids) for words in prompts) <= CLIP_LENGTH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.inference_mode()
+def test_capitals_mean_nothing(untrained: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """T5 reads Portrait and PORTRAIT to the bit as it reads portrait, and small letters as it did before."""
+    trained = T5EncoderModel(T5Config(**configs.t5(len(tokenizers.t5_vocabulary(WORDS))))).eval()
+    more = tokenizers.with_capitals(trained, WORDS)
+    save_transformer(more.to(dtype), tmp_path)
+    tokenizer = T5Tokenizer.from_pretrained(untrained / "t5", local_files_only=True)
+    read = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert read.config.vocab_size == len(tokenizer)
+
+    def states(model: T5EncoderModel, words: str) -> torch.Tensor:
+        return model(torch.tensor([tokenizer(words).input_ids])).last_hidden_state
+
+    for seed in range(20):
+        words = prompt(scene(seed), seed)
+        for form in (words.upper(), words.capitalize(), " ".join(word.capitalize() for word in words.split(" "))):
+            assert torch.equal(states(read, form), states(read, words))
+        if dtype == torch.float32:
+            assert torch.equal(states(read, words), states(trained, words))
 
 
 def test_loading_opens_no_connection(untrained: Path) -> None:

@@ -70,7 +70,7 @@ def train(work: Path, weights: Path, plan: TextPlan) -> dict[str, float]:
     torch.manual_seed(plan.words.seed)
     readers = Readers(weights)
     readers = Loop(readers, plan.words).run(lambda step: readers(_prompts(plan.words, step)))
-    save_transformer(copy.deepcopy(readers.t5).half(), place(weights, "t5"))
+    save_transformer(tokenizers.with_capitals(readers.t5, WORDS).half(), place(weights, "t5"))
     matcher = Matcher(readers.clip, readers.clip_tokens)
     matcher = Loop(matcher, plan.pictures, work / "clip" / "checkpoint.pt").run(
         lambda step: matcher(_numbers(plan.pictures, step))
@@ -89,7 +89,8 @@ class Readers(nn.Module):
 
         super().__init__()
         folders = place(weights, "t5"), place(weights, "clip")
-        t5_size, clip_size = tokenizers.save_t5(folders[0], WORDS), tokenizers.save_clip(folders[1], WORDS)
+        tokenizers.save_t5(folders[0], WORDS)
+        t5_size, clip_size = len(tokenizers.t5_vocabulary(WORDS)), tokenizers.save_clip(folders[1], WORDS)
         self.t5 = T5EncoderModel(T5Config(**configs.t5(t5_size)))
         self.clip = CLIPModel(CLIPConfig(**configs.clip(clip_size)))
         self.t5_tokens = Pieces(T5Tokenizer.from_pretrained(folders[0]), configs.TEXT_LENGTH)
