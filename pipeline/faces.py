@@ -202,36 +202,46 @@ def read_models(files: "WeightFiles", bisenet_width: int, device: str) -> FaceMo
     roles = [role for role in ("detector", "recogniser", "retinaface", "parsing") if files.has(role)]
     aligner, parser = None, detection.build_bisenet(bisenet_width)
     if "retinaface" in roles:
-        network = _torch(detection.build_retinaface(device), files.path("retinaface"), device)
+        network = _torch(detection.build_retinaface(device), files.path("retinaface"), device, files.mend)
         aligner = detection.RetinaFaceFinder(network)
     return FaceModels(
-        load_finder(files.path("detector"), device),
-        load_recogniser(files.path("recogniser"), device),
+        load_finder(files.path("detector"), device, mend=files.mend),
+        load_recogniser(files.path("recogniser"), device, files.mend),
         aligner,
-        detection.BiSeNetParser(_torch(parser, files.path("parsing"), device)),
+        detection.BiSeNetParser(_torch(parser, files.path("parsing"), device, files.mend)),
         files.hashes(*roles),
     )
 
 
-def load_finder(path: Path, device: str = "cpu", sizes: Sequence[int] | None = None) -> Finder:
-    """insightface's SCRFD alone, at the sizes of the official pipeline or at these; raises WeightsCorrupt."""
+def _another(_: Path) -> str:
+    """What to do about a damaged file that belongs to no preset."""
+    return "name another file"
+
+
+def load_finder(
+    path: Path, device: str = "cpu", sizes: Sequence[int] | None = None, mend: Callable[[Path], str] = _another
+) -> Finder:
+    """insightface's SCRFD alone, at the sizes of the official pipeline or at these; raises WeightsCorrupt.
+
+    mend: what a caller is told to do about a damaged file.
+    """
     from insightface.model_zoo.scrfd import SCRFD
 
     from pipeline.models import detection
 
-    return detection.ScrfdFinder(_onnx(SCRFD, 9, path, device), sizes or detection.SCRFD_SIZES)
+    return detection.ScrfdFinder(_onnx(SCRFD, 9, path, device, mend), sizes or detection.SCRFD_SIZES)
 
 
-def load_recogniser(path: Path, device: str = "cpu") -> Recogniser:
-    """A network with ArcFace's interface, from an ONNX file; raises WeightsCorrupt."""
+def load_recogniser(path: Path, device: str = "cpu", mend: Callable[[Path], str] = _another) -> Recogniser:
+    """A network with ArcFace's interface, from an ONNX file; raises WeightsCorrupt, and `mend` as in load_finder."""
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
     from pipeline.models import detection
 
-    return detection.ArcFaceRecogniser(_onnx(ArcFaceONNX, 1, path, device))
+    return detection.ArcFaceRecogniser(_onnx(ArcFaceONNX, 1, path, device, mend))
 
 
-def _onnx(network: Callable[..., Any], outputs: int, path: Path, device: str) -> Any:
+def _onnx(network: Callable[..., Any], outputs: int, path: Path, device: str, mend: Callable[[Path], str]) -> Any:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
@@ -240,13 +250,13 @@ def _onnx(network: Callable[..., Any], outputs: int, path: Path, device: str) ->
     try:
         session = onnxruntime.InferenceSession(str(path), providers=providers)
     except (failures.Fail, failures.InvalidGraph, failures.InvalidProtobuf, failures.InvalidArgument) as error:
-        raise WeightsCorrupt(f"{path} cannot be read as an ONNX model; fetch it again.") from error
+        raise WeightsCorrupt(f"{path} cannot be read as an ONNX model; {mend(path)}.") from error
     if len(session.get_outputs()) != outputs:
-        raise WeightsCorrupt(f"{path} is another model: it has not the {outputs} output(s) it should; fetch it again.")
+        raise WeightsCorrupt(f"{path} is another model: it has not the {outputs} output(s) it should; {mend(path)}.")
     return network(model_file=str(path), session=session)
 
 
-def _torch(network: "nn.Module", path: Path, device: str) -> Any:
+def _torch(network: "nn.Module", path: Path, device: str, mend: Callable[[Path], str]) -> Any:
     import pickle
 
     import torch
@@ -264,5 +274,5 @@ def _torch(network: "nn.Module", path: Path, device: str) -> Any:
         *(SafetensorError, pickle.UnpicklingError),
         *(OSError, EOFError, RuntimeError, AttributeError, ValueError),
     ) as error:
-        raise WeightsCorrupt(f"{path} does not hold the weights it should; fetch it again.") from error
+        raise WeightsCorrupt(f"{path} does not hold the weights it should; {mend(path)}.") from error
     return network.to(device).eval().requires_grad_(False)

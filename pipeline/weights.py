@@ -74,9 +74,9 @@ class WeightFiles:
         members = self.members(role)
         for path, file in members.items():
             if not path.exists():
-                raise WeightsMissing(f"{path} is missing; {self._mend(path)}.")
+                raise WeightsMissing(f"{path} is missing; {self.mend(path)}.")
             if path.is_file() and file.size not in (None, path.stat().st_size):
-                raise WeightsCorrupt(f"{path} has {path.stat().st_size} bytes, not {file.size}; {self._mend(path)}.")
+                raise WeightsCorrupt(f"{path} has {path.stat().st_size} bytes, not {file.size}; {self.mend(path)}.")
         if self._is_given(role) and self.flux_file is not None:
             return self.flux_file
         folder = self.root / self.spec(role).folder
@@ -96,7 +96,7 @@ class WeightFiles:
                     file.sha256 not in (None, entry.sha256)
                     or not (entry.is_unchanged(path) or sha256(path) == entry.sha256)
                 ):
-                    raise WeightsCorrupt(f"{path} is not the file that was verified; {self._mend(path)}.")
+                    raise WeightsCorrupt(f"{path} is not the file that was verified; {self.mend(path)}.")
                 found[self.name(path)] = entry.sha256 if entry else UNVERIFIED
         return found
 
@@ -133,7 +133,8 @@ class WeightFiles:
     def _is_given(self, role: str) -> bool:
         return role == "flux" and self.flux_file is not None
 
-    def _mend(self, path: Path) -> str:
+    def mend(self, path: Path) -> str:
+        """What to do about a file of this preset that is missing or damaged, to end a sentence with."""
         if self.flux_file is not None and path.is_relative_to(self.flux_file):
             return "point PULID_FLUX_FILE at FLUX's file or folder"
         if self.preset.shipped:

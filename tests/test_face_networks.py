@@ -10,7 +10,7 @@ from insightface.model_zoo.scrfd import SCRFD
 from torchvision.transforms.functional import normalize
 
 from pipeline.errors import WeightsCorrupt
-from pipeline.faces import FaceDetector, read_models
+from pipeline.faces import FaceDetector, load_recogniser, read_models
 from pipeline.miniature.files import place
 from pipeline.models import detection
 from pipeline.models.alignment import arcface_crop, ffhq_crop
@@ -39,6 +39,9 @@ class Files:
 
     def hashes(self, *roles):
         return dict.fromkeys(roles, "unverified")
+
+    def mend(self, path):
+        return f"mend {path.name}"
 
 
 @pytest.fixture(scope="module")
@@ -201,20 +204,20 @@ def test_a_slim_parser_in_safetensors(untrained):
 
 
 def test_a_damaged_safetensors_parser_is_named(untrained, tmp_path):
-    """A cut-off file is WeightsCorrupt and names the file."""
+    """A cut-off file is WeightsCorrupt and names the file; of what is shipped nothing is to be fetched."""
     whole = place(untrained, "parsing").read_bytes()
     shutil.copytree(untrained, tmp_path / "miniature")
     (tmp_path / "miniature" / "manifest.json").unlink()
     place(tmp_path / "miniature", "parsing").write_bytes(whole[: len(whole) // 2])
     files = locate(Settings(miniature_dir=tmp_path / "miniature"))
-    with pytest.raises(WeightsCorrupt, match=r"parsing_bisenet_miniature\.safetensors "):
+    with pytest.raises(WeightsCorrupt, match=r"parsing_bisenet_miniature\.safetensors .*; install this package anew"):
         read_models(files, MINIATURE.bisenet_width, "cpu")
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("content", [b"", b"not a model", "half", "another"])
 def test_a_damaged_file_is_named(files, tmp_path, role, content):
-    """An empty, foreign or cut-off file, or another model's, is WeightsCorrupt and names the file."""
+    """An empty, foreign or cut-off file, or another model's, is WeightsCorrupt, names the file and says what to do."""
     for other in ROLES:
         (tmp_path / other).symlink_to(files.path(other))
     whole = files.path(role).read_bytes()
@@ -222,5 +225,12 @@ def test_a_damaged_file_is_named(files, tmp_path, role, content):
     (tmp_path / role).unlink()
     texts = {"half": whole[: len(whole) // 2], "another": files.path(partner[role]).read_bytes()}
     (tmp_path / role).write_bytes(texts.get(content, content))
-    with pytest.raises(WeightsCorrupt, match=f"{role} "):
+    with pytest.raises(WeightsCorrupt, match=rf"{role} .*; mend {role}\.$"):
         read_models(Files(tmp_path), 64, "cpu")
+
+
+def test_a_damaged_file_of_no_preset(tmp_path):
+    """Whoever named it is told to name another one."""
+    (tmp_path / "judge.onnx").write_bytes(b"not a model")
+    with pytest.raises(WeightsCorrupt, match=r"judge\.onnx .*; name another file\.$"):
+        load_recogniser(tmp_path / "judge.onnx")
