@@ -3,7 +3,7 @@
 import base64
 import importlib.util
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.errors import FaceIndexOutOfRange, NoFace
 from pipeline.miniature.people import FIRST_HELD_OUT, person
 from pipeline.miniature.scenes import Scene, held_out_scene, prompt
 from pipeline.miniature.world import draw
@@ -21,6 +22,7 @@ from pipeline.settings import Settings
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 SIZE = {"width": 256, "height": 256}
+TOO_FEW = (NoFace.code, FaceIndexOutOfRange.code)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,15 +65,27 @@ def portrait(client: httpx.Client, seed: int) -> Portrait:
 
 
 def real_faces(client: httpx.Client) -> Iterator[tuple[str, list[list[float]]]]:
-    """What each photo shows, and the boxes (left, top, right, bottom) of the faces that the service finds in it."""
+    """What each photo shows, and the boxes (left, top, right, bottom) of the faces that the service finds in it.
+
+    Ends the program with a sentence where these are fewer or more than one sees.
+    """
     for name, photo, count in (("an astronaut", astronaut(), 1), ("six people", six_people(), 6)):
-        people = [{"photos": [_base64(photo)], "face": index} for index in range(count)]
-        boxes = []
-        for first in range(0, count, MAX_PEOPLE):
-            some = people[first : first + MAX_PEOPLE]
-            answer = _ask(client, {"prompt": "portrait", "num_steps": 1, "people": some, **SIZE})
-            boxes += [face["box"] for (face,) in answer["faces"]]
-        yield name, boxes
+        parts = [range(first, min(first + MAX_PEOPLE, count)) for first in range(0, count, MAX_PEOPLE)]
+        found = [_boxes(client, photo, part) for part in parts]
+        if None in found:
+            raise SystemExit(f"In the photo of {name} the service finds fewer than the {count} face(s) that it shows.")
+        if _boxes(client, photo, range(count, count + 1)) is not None:
+            raise SystemExit(f"In the photo of {name} the service finds more than the {count} face(s) that it shows.")
+        yield name, [box for part in found if part is not None for box in part]
+
+
+def _boxes(client: httpx.Client, photo: bytes, indices: Iterable[int]) -> list[list[float]] | None:
+    """The boxes of the faces with these indices, from the left; None where there are not so many faces."""
+    people = [{"photos": [_base64(photo)], "face": index} for index in indices]
+    response = client.post("/v1/images", json={"prompt": "portrait", "num_steps": 1, "people": people, **SIZE})
+    if response.status_code == 422 and response.json()["code"] in TOO_FEW:
+        return None
+    return [face["box"] for (face,) in _read(response)["faces"]]
 
 
 def astronaut() -> bytes:
@@ -96,7 +110,10 @@ def _picture(client: httpx.Client, body: dict[str, Any]) -> Pixels:
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
-    response = client.post("/v1/images", json=body)
+    return _read(client.post("/v1/images", json=body))
+
+
+def _read(response: httpx.Response) -> dict[str, Any]:
     if response.status_code != 200:
         raise SystemExit(f"The service answered {response.status_code}: {response.text}")
     answer: dict[str, Any] = response.json()
