@@ -132,7 +132,7 @@ def _average(cells: int, pixels: int, beyond: float) -> NDArray[np.float64]:
 
 def _inside(cells: int, beyond: float) -> NDArray[np.float64]:
     """How much of each of `cells` unit cells lies in a picture that ends `beyond` before them on both sides."""
-    return _overlap(np.array([beyond]), np.array([cells - beyond]), cells)[0]
+    return np.asarray(_overlap(np.array([beyond]), np.array([cells - beyond]), cells)[0], np.float64)
 
 
 def _from_base64(text: str, max_bytes: int) -> bytes:

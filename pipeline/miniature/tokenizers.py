@@ -48,7 +48,8 @@ def with_capitals(t5: "T5EncoderModel", words: Iterable[str]) -> "T5EncoderModel
     same = [ids[piece] for piece in t5_capitals(words).values()]
     t5 = copy.deepcopy(t5)
     rows = t5.shared.weight.detach()  # (V, d_model)
-    t5.set_input_embeddings(torch.nn.Embedding.from_pretrained(torch.cat((rows, rows[same])), freeze=False))
+    wider = torch.nn.Embedding.from_pretrained(torch.cat((rows, rows[same])), freeze=False)  # type: ignore[no-untyped-call]
+    t5.set_input_embeddings(wider)
     t5.config.vocab_size = t5.shared.num_embeddings
     return t5
 
