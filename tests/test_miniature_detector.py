@@ -1,5 +1,6 @@
 """The miniature's face detector: what it learns from, its loss by hand, its file, and what the shipped one finds."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -18,8 +19,19 @@ from pipeline.miniature.world import draw
 from pipeline.models.alignment import overlap
 from pipeline.training.miniature import detector
 from pipeline.training.miniature.detector_canvases import Canvases
-from pipeline.training.miniature.detector_data import Placed, Portrait, Sources, level, mirrored, place
-from pipeline.training.miniature.detector_network import POOLS, DetectorNetwork, write_onnx
+from pipeline.training.miniature.detector_data import (
+    LFW_BOX,
+    LFW_POINTS,
+    Placed,
+    Portrait,
+    Sources,
+    inside,
+    level,
+    mirrored,
+    place,
+)
+from pipeline.training.miniature.detector_network import BOLDER, POOLS, DetectorNetwork, read_onnx, write_onnx
+from pipeline.training.miniature.detector_patches import mixed, turned
 from pipeline.weights import SHIPPED
 
 ASTRONAUT = data.astronaut()
@@ -114,6 +126,42 @@ def test_a_face_is_shrunk_from_the_nearest_larger_picture(portrait):
     np.testing.assert_array_equal(halved.points, POINTS / 2)
 
 
+def test_a_face_beyond_the_canvas_counts_by_what_is_inside():
+    """Half beyond its border: half; all: nothing."""
+    assert inside(np.array([-8, 10, 8, 30], np.float32)) == 0.5
+    assert inside(np.array([70, 10, 80, 20], np.float32)) == 0
+
+
+def test_a_turned_head_shows_its_nose_aside():
+    """To the right for a positive angle, and more than the eyes; straight on, it is as it was."""
+    gray = np.tile(np.arange(23, dtype=np.float32), (25, 1))
+    head = Portrait((gray,), LFW_BOX, LFW_POINTS, drawn=False)
+    np.testing.assert_allclose(turned(head, 0, 0).points, LFW_POINTS, atol=1e-5)
+    np.testing.assert_allclose(turned(head, 0, 0).levels[0], gray, atol=1e-2)
+    moved = (turned(head, 0.5, 0).points - LFW_POINTS)[:, 0]
+    assert moved[2] > max(moved[0], moved[1]) > 0
+    assert turned(head, 0.5, 0).levels[0][12, 11] < gray[12, 11]  # what was to the left of the middle is in it now
+
+
+def test_a_mixed_face_lies_between_two(portrait):
+    """A quarter of the way from one to the other, pixel by pixel."""
+    other = Portrait((portrait.levels[0] + 8,), portrait.box, portrait.points, drawn=False)
+    np.testing.assert_allclose(mixed(portrait, other, 0.25).levels[0], portrait.levels[0] + 2)
+
+
+def test_the_hardest_canvases_are_those_that_look_most_like_a_face():
+    """By the network's highest score in each; the network goes on training, its averages as they were."""
+    torch.manual_seed(0)
+    network = DetectorNetwork(stem=4, width=6, depth=1)
+    empty = torch.randn(6, 1, 64, 64)
+    with torch.no_grad():
+        best = copy.deepcopy(network).eval()(empty)[0].amax((1, 2, 3, 4)).argmax()
+    before = copy.deepcopy(network.state_dict())
+    assert torch.equal(detector.hardest(network, empty, 1)[0], empty[best])
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_the_same_seed_draws_the_same_canvases(portrait):
     """Pictures and faces follow from the generator alone, and every value is a gray."""
     sources = Sources([portrait], [], [np.random.default_rng(0).uniform(0, 255, (80, 90)).astype(np.float32)], [POINTS])
@@ -127,7 +175,10 @@ def test_the_same_seed_draws_the_same_canvases(portrait):
 
 
 def test_the_file_says_what_the_network_says(tmp_path):
-    """For each stride: the network on the pooled gray photo, cell by cell, anchor by anchor; scores are in 0..1."""
+    """For each stride: the network on the pooled gray photo, cell by cell, anchor by anchor.
+
+    Scores, in 0..1, are those of the mean over the photo and its mirror image, where the latter has that cell.
+    """
     torch.manual_seed(0)
     network = DetectorNetwork(stem=4, width=6, depth=1).train()
     network(torch.randn(8, 1, 32, 32))  # batch norms that do something
@@ -137,15 +188,29 @@ def test_the_file_says_what_the_network_says(tmp_path):
     gray = (photo * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     for number, pool in enumerate(POOLS):
         with torch.no_grad():
-            logits, *distances = network(torch.nn.functional.avg_pool2d(gray, pool))
-        for kind, expected in enumerate((logits.sigmoid(), *distances)):
+            pooled = torch.nn.functional.avg_pool2d(gray, pool)
+            (logits, *distances), other = network(pooled), network(pooled.flip(3))[0]
+        logits[..., 1:] = (logits[..., 1:] + other.flip(4)[..., :-1]) / 2
+        for kind, expected in enumerate(((logits + BOLDER).sigmoid(), *distances)):
             rows = expected[0].permute(2, 3, 0, 1).flatten(0, 2)  # cells row by row, two anchors each
             np.testing.assert_allclose(said[kind * 3 + number], rows.numpy(), atol=1e-4)
 
 
+def test_a_written_network_is_read_again(tmp_path):
+    """It says the same, without normalisations of its own."""
+    torch.manual_seed(0)
+    network = DetectorNetwork(stem=4, width=6, depth=1).train()
+    gray = torch.randn(8, 1, 32, 32)
+    network(gray)
+    write_onnx(network.eval(), tmp_path / "detector.onnx")
+    with torch.no_grad():
+        for said, expected in zip(read_onnx(tmp_path / "detector.onnx")(gray), network(gray), strict=True):
+            torch.testing.assert_close(said, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_short_training_writes_a_detector_that_insightface_reads(tmp_path):
     """Three steps: a small file with SCRFD's interface, and finite figures."""
-    plan = detector.DetectorPlan(steps=3, batch=4, people=5, examined=1)
+    plan = detector.DetectorPlan(steps=3, more_steps=2, batch=4, people=5, examined=1)
     figures = detector.train(tmp_path, tmp_path, plan)
     assert figures["bytes"] < 2_000_000
     assert all(np.isfinite(value) for value in figures.values())
@@ -184,9 +249,9 @@ def test_a_face_at_the_border_is_found(finder):
     assert overlap(face.box, FACE - (165, 0, 165, 0))[0] > 0.6
 
 
-@pytest.mark.parametrize("name", [*detector.OTHER_THINGS, "brick", "coins", "gravel", "page"])
+@pytest.mark.parametrize("name", [*detector.OTHER_THINGS, "brick", "camera", "chelsea", "coins", "gravel", "page"])
 def test_other_things_are_no_faces(finder, name):
-    """A cat, a cup, a rocket and the like: unseen ones, and four that it has learnt from."""
+    """A cup, a rocket, the moon: unseen; and a cat, coins and the like that it has learnt from."""
     assert finder.find(detector.picture(name)) == []
 
 

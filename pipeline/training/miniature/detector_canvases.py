@@ -23,21 +23,27 @@ from pipeline.training.miniature.detector_data import (
     Portrait,
     Sources,
     centred,
+    inside,
     level,
     mirrored,
     place,
     warp,
 )
+from pipeline.training.miniature.detector_patches import lit, mixed, oval, ramp, shuffled, turned
 
 Choice = TypeVar("Choice")
 
 
 class Canvases:
-    """Draws canvases from its sources, the same ones for the same generator."""
+    """Draws canvases from its sources, the same ones for the same generator.
 
-    def __init__(self, sources: Sources, rng: np.random.Generator) -> None:
+    hard: heads tilt and turn further, contrasts are clearer, and empty canvases show badges and lying heads as well.
+    """
+
+    def __init__(self, sources: Sources, rng: np.random.Generator, hard: bool = False) -> None:
         self._sources = sources
         self._rng = rng
+        self._hard = hard
 
     def draw(self) -> tuple[Gray, list[Placed]]:
         """A canvas (EDGE, EDGE), and the faces in it of any size that are upright."""
@@ -58,19 +64,32 @@ class Canvases:
                 self._real(canvas, faces)
         return self._seen(canvas), faces
 
+    def empty(self) -> Gray:
+        """A canvas (EDGE, EDGE) without a face, now and then with what could be taken for one."""
+        rng = self._rng
+        canvas = self._background()
+        for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):
+            (self._wrong if rng.random() < 0.4 else self._nothing)(canvas, [])
+        kind = rng.random() if self._hard else 1
+        if kind < 0.35:
+            self._badge(canvas)
+        elif kind < 0.65:
+            self._exchanged(canvas, [], rng.uniform(60, 300))
+        return self._seen(canvas)
+
     def _background(self) -> Gray:
         rng = self._rng
         kind = rng.random()
         if kind < 0.6:
             return self._scenery()
-        if kind < 0.7:  # two pictures side by side
-            one, other = self._scenery(), self._scenery()
+        if kind < 0.72:  # two pictures side by side, or one and the black beyond its border
+            one, other = self._scenery(), self._scenery() * (rng.random() < 0.5)
             cut = rng.integers(8, EDGE - 8)
             one[:, cut:] = other[:, cut:]
             return one if rng.random() < 0.5 else np.ascontiguousarray(one.T)
         canvas = np.full((EDGE, EDGE), rng.uniform(0, 255), np.float32)
         if kind < 0.8:
-            canvas += _ramp(rng) * rng.uniform(0, 120)
+            canvas += ramp(rng) * rng.uniform(0, 120)
         elif kind < 0.9:
             for edge in (4, 8, 16, 32, 64):
                 noise = rng.normal(0, rng.uniform(0, 40), (edge, edge)).astype(np.float32)
@@ -123,7 +142,7 @@ class Canvases:
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         linear = turn @ np.array([[scale * squeeze, scale * shear], [0, scale / squeeze]])
         middle = (portrait.box[:2] + portrait.box[2:]) / 2
-        target = rng.uniform(min(0.2 * edge, EDGE / 2), max(EDGE - 0.2 * edge, EDGE / 2), 2)
+        target = rng.uniform(min(0.3 * edge, EDGE / 2), max(EDGE - 0.3 * edge, EDGE / 2), 2)
         return np.column_stack([linear, target - linear @ middle]).astype(np.float32)
 
     def _edge(self) -> float:
@@ -143,15 +162,27 @@ class Canvases:
         portrait = self._one_of(portraits)
         return portrait if self._rng.random() < 0.5 else mirrored(portrait)
 
+    def _face(self) -> Portrait:
+        """A real face, often one between two, often turned to one side."""
+        rng = self._rng
+        portrait = self._pick(self._sources.real)
+        if rng.random() < 0.4:
+            portrait = mixed(portrait, self._pick(self._sources.real), rng.uniform(0.2, 0.8))
+        if rng.random() < 0.6:
+            spread = (0.55, 0.25) if self._hard else (0.4, 0.15)
+            portrait = turned(portrait, *np.clip(rng.normal(0, spread), (-0.75, -0.3), (0.75, 0.3)).tolist())
+        return portrait
+
     def _tilt(self) -> float:
-        return float(np.clip(self._rng.normal(0, 12), -32, 32))
+        spread, most = (18, 38) if self._hard else (12, 32)
+        return float(np.clip(self._rng.normal(0, spread), -most, most))
 
     def _real(self, canvas: Gray, faces: list[Placed]) -> None:
-        portrait = self._pick(self._sources.real)
+        portrait = self._face()
         matrix = self._matrix(portrait, self._edge(), self._tilt())
         if self._rng.random() < 0.6:
             self._body(canvas, faces, place(portrait, matrix))
-        self._paste(canvas, faces, self._lit(portrait.levels[0]), matrix, _mask(self._rng, portrait))
+        self._paste(canvas, faces, lit(self._rng, portrait.levels[0]), matrix, oval(self._rng, portrait))
         faces.append(place(portrait, matrix))
 
     def _drawn(self, canvas: Gray, faces: list[Placed]) -> None:
@@ -163,22 +194,22 @@ class Canvases:
         self._paste(canvas, faces, gray, matrix, np.ones_like(gray))
         faces.append(place(portrait, matrix))
 
-    def _exchanged(self, canvas: Gray, faces: list[Placed]) -> None:
-        """A real face in a drawn head."""
+    def _exchanged(self, canvas: Gray, faces: list[Placed], tilt: float | None = None) -> None:
+        """A real face in a drawn head, tilted by these degrees or by a few."""
         rng = self._rng
-        real, drawn = self._pick(self._sources.real), self._pick(self._sources.drawn)
+        real, drawn = self._face(), self._pick(self._sources.drawn)
         edge = self._edge()
         drawn = level(drawn, edge)
-        matrix = self._matrix(drawn, edge, self._tilt())
+        matrix = self._matrix(drawn, edge, self._tilt() if tilt is None else tilt)
         gray = drawn.levels[0]
         self._paste(canvas, faces, gray, matrix, np.ones_like(gray))
         fit, _ = cv2.estimateAffinePartial2D(real.points, drawn.points, method=cv2.LMEDS)
         into = (np.vstack([matrix, (0, 0, 1)]) @ np.vstack([fit, (0, 0, 1)]))[:2].astype(np.float32)
-        patch = self._lit(real.levels[0])
+        patch = lit(rng, real.levels[0])
         if rng.random() < 0.7:  # as bright as the drawn face
             left, top, right, bottom = np.clip(drawn.box, 0, gray.shape[0]).astype(int)
             patch = patch + (gray[top:bottom, left:right].mean() - patch.mean())
-        self._paste(canvas, faces, patch, into, _mask(rng, real))
+        self._paste(canvas, faces, patch, into, oval(rng, real))
         faces.append(place(real, into))
 
     def _body(self, canvas: Gray, faces: list[Placed], face: Placed) -> None:
@@ -209,7 +240,21 @@ class Canvases:
         matrix = self._matrix(portrait, self._edge(), rng.uniform(-180, 180))
         if rng.random() < 0.4:
             self._body(canvas, faces, place(portrait, matrix))
-        self._paste(canvas, faces, gray, matrix, _mask(rng, portrait))
+        self._paste(canvas, faces, gray, matrix, oval(rng, portrait))
+
+    def _badge(self, canvas: Gray) -> None:
+        """A disc or a label of a face's size with spots and lines, often as symmetric as a face."""
+        rng = self._rng
+        gray = np.full((EDGE, EDGE), rng.uniform(0, 255), np.float32)
+        if rng.random() < 0.5:  # a rim
+            cv2.circle(gray, (EDGE // 2, EDGE // 2), int(rng.integers(16, 30)), rng.uniform(0, 255), -1, cv2.LINE_AA)
+        for _ in range(rng.integers(2, 9)):
+            self._shape(gray)
+        if rng.random() < 0.5:
+            gray = np.where(np.arange(EDGE) < EDGE / 2, gray, gray[:, ::-1])
+        whole = np.array([0, 0, EDGE, EDGE], np.float32)
+        badge = Portrait((gray,), whole, LFW_POINTS, drawn=False)
+        self._paste(canvas, [], gray, self._matrix(badge, self._edge(), rng.normal(0, 30)), oval(rng, badge))
 
     def _wrong(self, canvas: Gray, faces: list[Placed]) -> None:
         """A face on its side or its head, or one whose parts lie about."""
@@ -220,25 +265,15 @@ class Canvases:
         elif rng.random() < 0.5:
             tilt = rng.uniform(70, 290)
         else:
-            portrait = replace(portrait, levels=(_shuffled(rng, portrait.levels[0]),))
+            portrait = replace(portrait, levels=(shuffled(rng, portrait.levels[0]),))
         gray = portrait.levels[0]
-        mask = np.ones_like(gray) if portrait.drawn else _mask(rng, portrait)
+        mask = np.ones_like(gray) if portrait.drawn else oval(rng, portrait)
         self._paste(canvas, faces, gray, self._matrix(portrait, edge, tilt), mask)
 
     def _paste(self, canvas: Gray, faces: list[Placed], gray: Gray, matrix: Gray, mask: Gray) -> None:
         alpha = cv2.warpAffine(mask, centred(matrix), (EDGE, EDGE), flags=cv2.INTER_LINEAR)
         canvas += alpha * (warp(gray, matrix) - canvas)
         _hide(faces, alpha)
-
-    def _lit(self, gray: Gray) -> Gray:
-        """The same face in other light."""
-        rng = self._rng
-        contrast, light = rng.uniform(0.5, 1.3), rng.normal(0, 25)
-        gray = (gray - gray.mean()) * contrast + gray.mean() + light
-        if rng.random() < 0.4:
-            ramp = cv2.resize(_ramp(rng), gray.shape[::-1])
-            gray = gray * np.exp(ramp * rng.uniform(0, 0.7))
-        return gray.astype(np.float32)
 
     def _seen(self, canvas: Gray) -> Gray:
         """The canvas through a camera: blur or sharpening, contrast, noise."""
@@ -249,7 +284,7 @@ class Canvases:
         elif kind < 0.65:
             canvas += rng.uniform(0, 1.5) * (canvas - cv2.GaussianBlur(canvas, (0, 0), 1.0))
         if rng.random() < 0.7:
-            canvas = (canvas - 128) * rng.uniform(0.5, 1.3) + (128 + rng.normal(0, 20))
+            canvas = (canvas - 128) * rng.uniform(0.7 if self._hard else 0.5, 1.3) + (128 + rng.normal(0, 20))
         canvas = np.clip(canvas, 0, 255)
         if rng.random() < 0.3:
             canvas = np.asarray(255 * (canvas / 255) ** math.exp(rng.normal(0, 0.3)), np.float32)
@@ -262,39 +297,4 @@ def _hide(faces: list[Placed], alpha: Gray) -> None:
     for face in faces:
         left, top, right, bottom = np.clip(face.box, 0, EDGE).astype(int)
         if right > left and bottom > top:
-            face.visible = min(face.visible, 1 - float(alpha[top:bottom, left:right].mean()))
-
-
-def _ramp(rng: np.random.Generator) -> Gray:
-    """Light from a random side, -1..1, (EDGE, EDGE)."""
-    across, down = np.meshgrid(*[np.linspace(-1, 1, EDGE, dtype=np.float32)] * 2)
-    angle = rng.uniform(0, 2 * math.pi)
-    return np.asarray(across * math.cos(angle) + down * math.sin(angle), np.float32)
-
-
-def _mask(rng: np.random.Generator, portrait: Portrait) -> Gray:
-    """What of a tight patch to paste: the whole, or an oval, with soft edges (25, 25)."""
-    height, width = portrait.levels[0].shape
-    mask = np.ones((height, width), np.float32)
-    if rng.random() < 0.8:
-        left, top, right, bottom = portrait.box
-        across = (np.arange(width) + 0.5 - (left + right) / 2) / ((right - left) / 2)
-        down = (np.arange(height) + 0.5 - (top + bottom) / 2) / ((bottom - top) / 2)
-        power, reach = rng.uniform(2, 5), rng.uniform(0.85, 1.15)
-        distance = (np.abs(across) ** power + np.abs(down)[:, None] ** power) ** (1 / power)
-        mask = np.clip((reach - distance) / rng.uniform(0.05, 0.3) + 0.5, 0, 1).astype(np.float32)
-    mask[[0, -1]] *= 0.5
-    mask[:, [0, -1]] *= 0.5
-    return mask
-
-
-def _shuffled(rng: np.random.Generator, gray: Gray) -> Gray:
-    """Its parts in another order."""
-    count = int(rng.integers(2, 4))
-    edge = gray.shape[0] // count
-    parts = [gray[y * edge : (y + 1) * edge, x * edge : (x + 1) * edge] for y in range(count) for x in range(count)]
-    order = np.roll(np.arange(count * count), int(rng.integers(1, count * count)))
-    if rng.random() < 0.5:
-        order = rng.permutation(order)
-    rows = [np.concatenate([parts[i] for i in order[y * count : (y + 1) * count]], axis=1) for y in range(count)]
-    return np.asarray(cv2.resize(np.concatenate(rows), gray.shape[::-1]), np.float32)
+            face.visible = min(face.visible, inside(face.box) * (1 - float(alpha[top:bottom, left:right].mean())))

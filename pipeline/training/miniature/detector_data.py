@@ -25,8 +25,9 @@ LFW_POINTS = np.array([[6.4, 8.2], [15.6, 8.2], [10.9, 13.6], [7.3, 17.7], [14.3
 SKIN, FEATURES = 1, (2, 3, 4, 5, 6, 10, 11, 12, 13)  # the parser's labels: brows, eyes, glasses, nose, mouth, lips
 # Pictures of scikit-image without a face that a detector may learn from; the tests keep others to themselves.
 NATURAL = (
-    "brick", "cell", "clock_motion", "coins", "color", "grass", "gravel", "horse", "hubble_deep_field", "ihc", "logo",
-    "microaneurysms", "motorcycle_left", "motorcycle_right", "page", "phantom", "retina", "text",
+    "brick", "camera", "cell", "chelsea", "clock_motion", "coins", "color", "grass", "gravel", "horse",
+    "hubble_deep_field", "ihc", "logo", "microaneurysms", "motorcycle_left", "motorcycle_right", "page", "phantom",
+    "retina", "text",
 )  # fmt: skip
 
 
@@ -145,7 +146,13 @@ def place(portrait: Portrait, matrix: Gray) -> Placed:
     centre = matrix[:, :2] @ middle + matrix[:, 2]
     reach = np.sqrt(((matrix[:, :2] * half) ** 2).sum(axis=1))
     points = portrait.points @ matrix[:, :2].T + matrix[:, 2]
-    return Placed(np.concatenate([centre - reach, centre + reach]).astype(np.float32), points.astype(np.float32))
+    box = np.concatenate([centre - reach, centre + reach]).astype(np.float32)
+    return Placed(box, points.astype(np.float32), inside(box))
+
+
+def inside(box: NDArray[np.float32]) -> float:
+    """The part of a box (4,) that lies in the canvas, 0..1."""
+    return float(np.prod(np.maximum(np.clip(box[2:], 0, EDGE) - np.clip(box[:2], 0, EDGE), 0) / (box[2:] - box[:2])))
 
 
 def centred(matrix: Gray) -> Gray:
