@@ -1,0 +1,135 @@
+"""The training on Ray Train: prepared through Ray Data, two workers, one of them killed in the middle."""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cluster.jobs import train
+from pipeline.errors import SettingsInvalid
+from pipeline.settings import Settings
+from pipeline.training.data import Prepared
+from pipeline.training.estimate import estimate
+from tests import training as toy
+from tests.face_models import red_squares
+
+PEOPLE = ("one", "one", "two", "two", None, "three")
+
+
+def _start(folder: str) -> None:
+    import ray
+
+    for left in (3, 2, 1, 0):
+        try:
+            ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+            return
+        except Exception as error:  # Ray raises nothing more exact
+            # Ray gives a node 30 s to start, which cannot be set and which a busy machine exceeds.
+            if left == 0 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A Ray of our own on this machine."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: names of sockets below it have a limit
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED")}
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+    import ray
+
+    try:
+        _start(folder)
+        yield
+    finally:
+        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rows(folder: Path) -> Path:
+    """Six people, a picture of nobody, and a line that is no row."""
+    lines = []
+    for number, person in enumerate(PEOPLE):
+        corner = (32 * number, 64)
+        Image.fromarray(red_squares((256, 256), corner, edge=96)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "prompt": f"portrait {number}", "person": person}))
+    Image.fromarray(red_squares((256, 256))).save(folder / "nobody.png")
+    lines += [json.dumps({"image": "nobody.png", "prompt": "a wall"}), "{"]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+def _die_once(mark: Path, done: int, figures: Mapping[str, float]) -> None:
+    """One worker is killed after step 3, after the checkpoint of step 2."""
+    import ray.train
+
+    if done == 3 and ray.train.get_context().get_world_rank() == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("default")  # Ray's own, in this process
+def test_a_killed_worker_changes_nothing(ray_here: None, tmp_path: Path, untrained: Path) -> None:
+    """All go on from the last checkpoint, and end with the same figures and the same file as without the accident."""
+    settings = Settings(miniature_dir=untrained, device="cpu")
+    config = toy.config(preset="miniature", steps=5, checkpoint_every=2)
+    recogniser = untrained / "antelopev2" / "arcface_miniature.onnx"
+    common = {"recogniser": recogniser, "size": 256, "text_tokens": 32, "workers": 2}
+    rows = _rows(tmp_path)
+
+    calm = train.Job(settings, config, rows, tmp_path / "calm.safetensors", tmp_path / "work", **common)
+    figures = train.run(calm)
+    prepared = Prepared(calm.examples)
+    assert (len(prepared), prepared.left_out) == (6, {"no_face": 1, "invalid_request": 1})
+    assert figures["step"] == 5
+    assert {"flow", "semantic", "layout", "faces"} <= figures.keys()
+
+    hit = train.Job(settings, config, rows, tmp_path / "hit.safetensors", tmp_path / "work", **common)
+    assert train.run(hit, partial(_die_once, tmp_path / "mark")) == figures
+    assert (tmp_path / "mark").exists()
+    assert hit.output.read_bytes() == calm.output.read_bytes()
+    assert json.loads(hit.output.with_suffix(".json").read_text()) == figures
+
+
+def test_a_configuration_comes_from_file_pairs_and_flags(tmp_path: Path) -> None:
+    """Later ones win; what is unknown or impossible is named."""
+    (tmp_path / "config.json").write_text('{"steps": 7, "batch_size": 16, "optimiser": "adamw"}')
+    changes = ["batch_size=8", "optimiser=muon", 'times={"mean": 1.0}']
+    config = train.training_config(tmp_path / "config.json", changes, stage=2, preset=None)
+    assert (config.steps, config.batch_size, config.optimiser, config.stage) == (7, 8, "muon", 2)
+    assert config.times.mean == 1.0
+    for wrong, named in (("speed=3", "speed"), ("batch_size=0", "batch_size"), ("stage=4", "stage")):
+        with pytest.raises(SettingsInvalid, match=named):
+            train.training_config(None, [wrong])
+
+
+def test_a_job_that_cannot_begin_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence and exit status 1, without Ray."""
+    arguments = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "pulid.safetensors")]
+    assert train.main([*arguments, "--set", "steps=none"]) == 1
+    assert "steps" in capsys.readouterr().err
+    assert train.main([*arguments, "--preset", "huge"]) == 1
+    assert "preset" in capsys.readouterr().err
+
+
+def test_the_estimate_counts_the_real_networks() -> None:
+    """Parameters as in the official files; a stage takes what the one before takes, and more."""
+    stages = [estimate(toy.config(stage=stage, batch_size=32), 768, 8) for stage in (1, 2, 3)]
+    counts = stages[0].parameters
+    assert counts["FLUX.1 [dev], frozen"] == 11_901_408_320
+    assert counts["IDFormer, trained"] + counts["cross-attentions, trained"] == 571_033_600
+    assert stages[0].seconds < stages[1].seconds < stages[2].seconds
+    assert "11,901.4 M parameters" in str(stages[0])
