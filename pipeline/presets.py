@@ -263,23 +263,16 @@ CLIP = ModelSpec(
     "32bd64288804d66eefd0ccbe215aa642df71cc41",
 )
 SHARED = (DETECTOR, RECOGNISER, RETINAFACE, PARSING, EVA_CLIP, PULID, T5, CLIP)
+WITH_LFW = replace(OURS, name="Apache-2.0 (trained also on 100 faces of LFW, research data)")
 MINIATURE = (
-    ModelSpec(
-        "detector",
-        "antelopev2",
-        (ModelFile("scrfd_miniature.onnx"),),
-        replace(OURS, name="Apache-2.0 (trained also on 100 faces of LFW, research data)"),
-    ),
+    ModelSpec("detector", "antelopev2", (ModelFile("scrfd_miniature.onnx"),), WITH_LFW),
     ModelSpec("recogniser", "antelopev2", (ModelFile("arcface_miniature.onnx"),), OURS),
     ModelSpec("parsing", "facexlib", (ModelFile("parsing_bisenet_miniature.safetensors"),), OURS),
     ModelSpec("eva_clip", "eva_clip", (ModelFile("EVA02_CLIP_miniature.safetensors"),), OURS),
     ModelSpec("pulid", "pulid", (ModelFile("pulid_flux_miniature.safetensors"),), OURS),
     *(ModelSpec(role, role, (), OURS) for role in ("flux", "vae", "t5", "clip")),
-    # measures likeness in the evaluation
     ModelSpec("judge", "judge", (ModelFile("recogniser.onnx"),), OURS, draws=False),
 )
-
-
 # FLUX stands first: a refused gate then shows before the rest is fetched.
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset

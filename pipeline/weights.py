@@ -2,7 +2,7 @@
 
 The table is presets.py; `manifest.json` beside the files is the memory of what was verified (manifest.py). A file whose
 sha256 the table does not know is trusted the first time it is fetched, and held to its manifest entry from then on.
-Where everything is there and verified, nothing connects and nothing is written. The miniature comes with this package.
+Where everything is there and verified, nothing connects and nothing is written.
 """
 
 import shutil
@@ -21,9 +21,8 @@ from pipeline.settings import Settings
 __all__ = ["PRESETS", "Archive", "Finding", "Licence", "ModelFile", "ModelSpec", "Preset", "Source", "WeightFiles"]
 __all__ += ["fetch", "findings", "locate", "verify"]
 
-HUB = "https://huggingface.co"
+HUB, UNVERIFIED = "https://huggingface.co", "unverified"
 SHIPPED = Path(__file__).parent / "miniature" / "weights"
-UNVERIFIED = "unverified"
 SPARE = 100_000_000  # bytes that a fetch leaves free on the disk
 State = Literal["verified", "unverified", "missing", "corrupt"]
 

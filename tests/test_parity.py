@@ -15,6 +15,7 @@ from pipeline.models import sampling
 from pipeline.models.eva_clip import EvaClip, face_features
 from pipeline.models.flux import IdentityFlux, IdentityRows
 from pipeline.models.pulid import IDFormer, PulidCrossAttention
+from tests import small
 from tests.parity.rule import fill, integers, normal, weight
 
 HERE = Path(__file__).parent / "parity"
@@ -116,7 +117,7 @@ class SmallFlux:
 
     def loop(self, start_step=None, id_weight=1.0, true_cfg=1.0, cfg_step=8) -> Tensor:
         """Eight steps of FluxDenoiser's own loop, from the vectors' noise."""
-        denoiser = FluxDenoiser(self.model, None, self.uncond_id, {})
+        denoiser = FluxDenoiser(self.model, small.vae(), self.uncond_id, {})
         weight = torch.full((1, 1, 1), id_weight)
         presence = Presence(start_step or 0, 8, IdentityRows(self.id, weight), IdentityRows(self.uncond_id, weight))
         generation = Generation(

@@ -41,7 +41,7 @@ COMMON: Mapping[str, Any] = {
     "warmup": 40,
     "decay_from": 0.4,
     "ema": 0.99,
-    "times": HIGH_NOISE,
+    "times": HIGH_NOISE.model_dump(),
     "id_dropout": 0.05,
     "flow_guidance": 1.0,
     "autocast": True,
@@ -71,7 +71,8 @@ class AdapterPlan:
     )
     alignment: Mapping[str, Any] = field(
         default_factory=lambda: {
-            **{"stage": 3, "steps": 70, "batch_size": 20, "lr_cross_attention": 5e-4, "lr_idformer": 1.25e-4},
+            **{"stage": 3, "steps": 430, "batch_size": 20, "lr_cross_attention": 1e-3, "lr_idformer": 2.5e-4},
+            **{"align_every": 4},
         }
     )
     prompts: int = 256

@@ -48,7 +48,7 @@ OTHER_THINGS = ("coffee", "rocket", "moon")
 
 @dataclass(frozen=True, slots=True)
 class DetectorPlan:
-    """How much to train; the defaults are the full training. Quick: steps=30, people=20, examined=4."""
+    """How much to train; the defaults are the full training."""
 
     steps: int = 2400
     more_steps: int = 2100  # on hard canvases

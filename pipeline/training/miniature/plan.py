@@ -42,7 +42,7 @@ QUICK = Plan(
     data=DataPlan(people=8, pictures=2),
     vae=VaePlan(_few(3, 2, 1e-3), _few(2, 2, 1e-3), measured=3),
     text=TextPlan(_few(2, 4), _few(2, 4), measured=10),
-    detector=DetectorPlan(steps=30, people=20, examined=4),
+    detector=DetectorPlan(steps=4, more_steps=3, tried=4, hardest=2, people=12, examined=2),
     recogniser=RecogniserPlan(people=24, drawings=2, steps=3, batch=16, held_out=8),
     parser=ParserPlan(steps=3, batch=4, held_out=4),
     eva=EvaPlan(_few(2, 3, 1e-3), measured=6),
