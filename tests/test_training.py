@@ -5,16 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.errors import InternalError
 from pipeline.models.alignment import arcface_crop
 from pipeline.models.flux import IdentityFlux, IdentityRows
 from pipeline.models.sampling import image_ids, schedule, time_shift
 from pipeline.training import losses
 from pipeline.training.attention import AttentionFeatures, attention_features
-from pipeline.training.config import HIGH_NOISE, Times
+from pipeline.training.config import HIGH_NOISE, Times, TrainingConfig
 from pipeline.training.crop import face_crops
 from pipeline.training.draws import Draws, order
+from pipeline.training.optimiser import Optimiser
 from pipeline.training.sampling import noisy, one_step_estimate, sample, sample_times
 from tests import small
 
@@ -199,3 +201,14 @@ def test_features_carry_the_gradient_with_and_without_gradient_checkpointing():
         gradients.append(tokens.grad)
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().sum() > 0
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_before_it_harms():
+    """NaN in one gradient: a typed error that names the step, and no weight has moved."""
+    weights = {f"pulid_ca.0.{name}": nn.Parameter(torch.ones(2, 2)) for name in ("one", "other")}
+    optimiser = Optimiser(weights, TrainingConfig(warmup=0))
+    for value, weight in zip((1.0, math.nan), weights.values(), strict=True):
+        weight.grad = torch.full((2, 2), value)
+    with pytest.raises(InternalError, match="step 7"):
+        optimiser.step(7)
+    assert all(torch.equal(weight, torch.ones(2, 2)) for weight in weights.values())

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import InternalError
 from pipeline.training.config import TrainingConfig
 
 BETAS = (0.9, 0.99)
@@ -33,8 +34,15 @@ class Optimiser:
             weight.grad = None
 
     def step(self, number: int) -> Tensor:
-        """Clip the gradients and take step `number`; returns their norm before clipping."""
+        """Clip the gradients and take step `number`; returns their norm before clipping.
+
+        Raises InternalError, and leaves every weight as it was, where a gradient is not finite.
+        """
         norm = nn.utils.clip_grad_norm_(self._weights, self._config.clip)
+        if not torch.isfinite(norm):
+            raise InternalError(
+                f"The gradient of step {number} is not finite; lower the learning rates."
+            )
         factor = self._config.learning_rate(number)
         for part in self._parts:
             for group in part.param_groups:
