@@ -40,9 +40,7 @@ class Optimiser:
         """
         norm = nn.utils.clip_grad_norm_(self._weights, self._config.clip)
         if not torch.isfinite(norm):
-            raise InternalError(
-                f"The gradient of step {number} is not finite; lower the learning rates."
-            )
+            raise InternalError(f"The gradient of step {number} is not finite; lower the learning rates.")
         factor = self._config.learning_rate(number)
         for part in self._parts:
             for group in part.param_groups:
