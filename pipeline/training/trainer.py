@@ -1,4 +1,7 @@
-"""Trainer: batches in, trained weights out; exact to resume, and the same for one worker and for many."""
+"""Trainer: batches in, trained weights out; exact to resume, and the same for one worker and for many.
+
+To the bit on one thread of a CPU; elsewhere within the noise of kernels that sum in another order. Not tried on a GPU.
+"""
 
 import os
 import pickle
