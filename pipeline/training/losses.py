@@ -22,13 +22,16 @@ SEMANTIC_WEIGHT, LAYOUT_WEIGHT, ID_WEIGHT = 0.6, 0.1, 1.0  # the paper's section
 def flow_loss(velocity: Tensor, noise: Tensor, latents: Tensor, token_weights: Tensor | None = None) -> Tensor:
     """How far the predicted velocity is from noise - latents (B,): equation 1, for a rectified flow.
 
-    velocity, noise and latents (B, N, C), where the model read (1 - t) latents + t noise. token_weights (B, N): how
-    much each image token counts against the others of its sample; only their ratios matter.
+    velocity, noise and latents (B, N, C), where the model read (1 - t) latents + t noise. token_weights (B, N), or
+    (B, N, C) where the numbers of a token do not count alike: how much each counts against the others of its sample;
+    only their ratios matter.
     """
-    squares = (velocity.float() - (noise.float() - latents.float())).square().mean(dim=-1)  # (B, N)
+    squares = (velocity.float() - (noise.float() - latents.float())).square()  # (B, N, C)
     if token_weights is None:
-        return squares.mean(dim=1)
-    return (squares * token_weights).sum(dim=1) / token_weights.sum(dim=1)
+        return squares.mean(dim=(1, 2))
+    weights = token_weights if token_weights.dim() == squares.dim() else token_weights[..., None]
+    weights = weights.expand_as(squares)
+    return (squares * weights).sum(dim=(1, 2)) / weights.sum(dim=(1, 2))
 
 
 def semantic_alignment(query_id: Tensor, query: Tensor, key: Tensor) -> Tensor:

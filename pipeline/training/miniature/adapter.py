@@ -23,7 +23,7 @@ from pipeline.models.flux import IdentityFlux
 from pipeline.models.sizes import MINIATURE
 from pipeline.training.config import HIGH_NOISE, TrainingConfig
 from pipeline.training.examples import Batch, Prompts
-from pipeline.training.miniature.data import DataPlan, load
+from pipeline.training.miniature.data import DataPlan, load, number_weights
 from pipeline.training.miniature.finished import finished
 from pipeline.training.miniature.flux import Texts
 from pipeline.training.miniature.idformer import References
@@ -85,6 +85,7 @@ class Drawings:
         """`recogniser`: the ID loss's own, for the references' embeddings."""
         self._data, self._references, self._texts = data, References(work, weights), Texts(weights)
         self._latents, self._shares = load(work, "latents"), load(work, "face_share")
+        self._numbers = number_weights(work)
         self._held = max(data.people // 50, 1)  # people that are only measured with
         self._known = None if recogniser is None else load(work, "references")
 
@@ -103,7 +104,7 @@ class Drawings:
             embedding=embedding,
             hidden=tuple(hidden),
             eva_pooled=pooled,
-            token_weights=1 + FACE_WEIGHT * self._rows(self._shares, indices),
+            token_weights=(1 + FACE_WEIGHT * self._rows(self._shares, indices))[..., None] * self._numbers,
             reference=None if self._known is None else self._rows(self._known, others),
         )
 

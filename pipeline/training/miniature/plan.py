@@ -46,7 +46,7 @@ QUICK = Plan(
     recogniser=RecogniserPlan(people=24, drawings=2, steps=3, batch=16, held_out=8),
     parser=ParserPlan(steps=3, batch=4, held_out=4),
     eva=EvaPlan(_few(2, 3, 1e-3), measured=6),
-    flux=FluxPlan(_few(3, 4, 1e-3), _few(2, 4, 1e-3)),
+    flux=FluxPlan(_few(3, 4, 1e-3), _few(2, 4, 1e-3), compiled=False),
     idformer=IdformerPlan(_few(2, 4, 1e-3)),
     adapter=AdapterPlan(
         flow={"stage": 1, **_ROUND},
