@@ -116,13 +116,49 @@ def test_a_configuration_comes_from_file_pairs_and_flags(tmp_path: Path) -> None
             train.training_config(None, [wrong])
 
 
-def test_a_job_that_cannot_begin_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--set", "steps=none"], "steps"),
+        (["--preset", "huge"], "preset"),
+        (["--start", "nowhere.pt"], "nowhere.pt is missing"),
+        (["--stage", "2"], "--recogniser"),
+        (["--workers", "3"], "multiples of the 3 workers"),
+        (["--output", "pulid.pt"], ".safetensors"),
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl is missing"),
+    ],
+)
+def test_a_job_that_cannot_begin_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str], named: str
+) -> None:
     """One sentence and exit status 1, without Ray."""
-    arguments = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "pulid.safetensors")]
-    assert train.main([*arguments, "--set", "steps=none"]) == 1
-    assert "steps" in capsys.readouterr().err
-    assert train.main([*arguments, "--preset", "huge"]) == 1
-    assert "preset" in capsys.readouterr().err
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    given = ["--input", str(rows), "--output", str(tmp_path / "pulid.safetensors"), "--preset", "miniature"]
+    assert train.main([*given, *wrong]) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_what_a_training_depends_on_is_in_its_names(tmp_path: Path) -> None:
+    """Other rows are prepared elsewhere; another start under the old name begins anew; a longer log does not."""
+    for name in ("rows.jsonl", "start.pt"):
+        (tmp_path / name).write_text("before")
+    job = train.Job(
+        Settings(device="cpu"),
+        toy.config(preset="miniature"),
+        tmp_path / "rows.jsonl",
+        tmp_path / "out.safetensors",
+        tmp_path,
+        tmp_path / "start.pt",
+    )
+    examples, name = job.examples, job.name
+    assert job.logged().name == name
+    (tmp_path / "start.pt").write_text("after")
+    assert (job.examples, job.name == name) == (examples, False)
+    name = job.name
+    (tmp_path / "rows.jsonl").write_text("after")
+    assert job.examples != examples
+    assert job.name != name
 
 
 def test_the_estimate_counts_the_real_networks() -> None:

@@ -95,7 +95,7 @@ def test_prepared_examples_come_back_as_batches(
     write_shard(tmp_path, "a.safetensors", examples[:3])
     write_shard(tmp_path, "b.safetensors", examples[3:])
     write_prompts(tmp_path, config, encoder)
-    made_as = recipe(config, 256, 32, None)
+    made_as = recipe(config, 256, 32, "rows", None)
     write_index(tmp_path, made_as, [("a.safetensors", people[:3]), ("b.safetensors", people[3:])], Counter(no_face=2))
 
     prepared = Prepared(tmp_path)
@@ -128,14 +128,14 @@ def test_a_reference_is_any_other_picture_of_the_person(tmp_path: Path):
 
 
 def test_what_was_prepared_for_another_training_is_refused(tmp_path: Path):
-    """Other prompts, sizes or recognisers are named; a folder without examples, or with none in it, is told."""
+    """Other rows, prompts, sizes or recognisers are named; a folder without examples, or with none in it, is told."""
     with pytest.raises(WeightsMissing):
         Prepared(tmp_path)
-    made_as = recipe(toy.config(), 512, 128, "aa")
+    made_as = recipe(toy.config(), 512, 128, "rows", "aa")
     write_index(tmp_path, made_as, [("a", [None])], Counter())
     Prepared(tmp_path).check(made_as)
-    with pytest.raises(SettingsInvalid, match="recogniser, size"):
-        Prepared(tmp_path).check(recipe(toy.config(), 768, 128, "bb"))
+    with pytest.raises(SettingsInvalid, match="recogniser, rows, size"):
+        Prepared(tmp_path).check(recipe(toy.config(), 768, 128, "others", "bb"))
     write_index(tmp_path, made_as, [], Counter(no_face=3))
     with pytest.raises(SettingsInvalid, match="no_face"):
         Prepared(tmp_path).check(made_as)

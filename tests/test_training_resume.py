@@ -112,6 +112,22 @@ def test_figures_are_written_for_tensorboard(tmp_path: Path):
     assert events.Scalars("training/flow")[-1].value == pytest.approx(figures["flow"])
 
 
+def test_steps_that_are_taken_again_are_logged_once(tmp_path: Path):
+    """A training that was cut after its checkpoint goes on with the same log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = toy.config(log_dir=str(tmp_path / "log"))
+    cut = toy.trainer(config)
+    cut.run(1)
+    cut.save(tmp_path / "checkpoint.pt")
+    cut.run(3)
+    resumed = toy.trainer(config)
+    resumed.load(tmp_path / "checkpoint.pt")
+    resumed.run(4)
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    assert [event.step for event in events.Scalars("training/flow")] == [1, 2, 3, 4]
+
+
 def test_a_configuration_survives_json():
     """It is written into every checkpoint, and read again when a training goes on."""
     settings = toy.config(times={"mean": 1.0, "uniform_share": 0.5})

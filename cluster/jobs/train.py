@@ -3,63 +3,29 @@
     ray job submit -- python -m cluster.jobs.train --input rows.jsonl --output pulid.safetensors --preset flux-dev \
         --stage 2 --start stage1/checkpoint.pt --recogniser w600k_r50.onnx --workers 8 --set batch_size=32
 
-Rows are `{"image": path, "prompt": text, "person": name}`. They are prepared once, into `--work`/examples, and found
-there by the next run. Workers train on one global batch together; where one dies, all go on from the last checkpoint,
-and the result is what it would have been. A job that was stopped is started again by the same command.
+Rows are `{"image": path, "prompt": text, "person": name}`. They are prepared once, into a folder in `--work`, and found
+there by the next run on the same rows, with the same recogniser. Workers train on one global batch together; where one
+dies, all go on from the last checkpoint, and the result is what it would have been. A job that was stopped is started
+again by the same command. Figures of every step, for TensorBoard, are in `--work`/logs.
 """
 
 import argparse
-import hashlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.jobs.training import Job
 from pipeline.errors import PipelineError, SettingsInvalid
 from pipeline.settings import Settings
 from pipeline.training.config import TrainingConfig
 
 CHECKPOINT, RESULT = "checkpoint.pt", "pulid.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a run reads and writes, and on how many workers.
-
-    work: a folder that every node sees, for prepared examples and checkpoints. start: a checkpoint or PuLID file to
-    begin with. size: edge of the pictures. recogniser: the ID loss's. gpu: one for each worker. retries: how often dead
-    workers are replaced.
-    """
-
-    settings: Settings
-    config: TrainingConfig
-    input: Path
-    output: Path
-    work: Path
-    start: Path | None = None
-    recogniser: Path | None = None
-    size: int = 768
-    text_tokens: int = 128
-    workers: int = 1
-    gpu: bool = False
-    retries: int = 3
-
-    @property
-    def examples(self) -> Path:
-        """Where prepared examples are."""
-        return self.work / "examples"
-
-    def recipe(self) -> dict[str, Any]:
-        """What the prepared examples depend on."""
-        from pipeline.training.data import recipe
-
-        digest = None if self.recogniser is None else hashlib.sha256(self.recogniser.read_bytes()).hexdigest()
-        return recipe(self.config, self.size, self.text_tokens, digest)
 
 
 AfterStep = Callable[[int, Mapping[str, float]], None]
@@ -68,8 +34,10 @@ AfterStep = Callable[[int, Mapping[str, float]], None]
 def run(job: Job, after_step: AfterStep | None = None) -> dict[str, float]:
     """Prepare what is not prepared yet, train, and write the output; returns the last figures.
 
-    after_step is called in every worker after every step.
+    after_step is called in every worker after every step. Raises SettingsInvalid and WeightsMissing before anything is
+    begun, where it could not end.
     """
+    job.check()
     _prepared(job)
     result = _fit(job, after_step)
     figures: dict[str, float] = dict(result.metrics or {})
@@ -77,7 +45,7 @@ def run(job: Job, after_step: AfterStep | None = None) -> dict[str, float]:
     with result.checkpoint.as_directory() as folder:
         for name, target in ((RESULT, job.output), (CHECKPOINT, job.output.with_suffix(".pt"))):
             partial = target.with_name(f"{target.name}.part")
-            partial.write_bytes((Path(folder) / name).read_bytes())
+            shutil.copyfile(Path(folder) / name, partial)
             partial.replace(target)
     job.output.with_suffix(".json").write_text(json.dumps(figures))
     return figures
@@ -89,24 +57,25 @@ def _prepared(job: Job) -> None:
     from cluster.jobs.prepare import Preparation, prepare
     from pipeline.training.data import INDEX, Prepared
 
-    if not (job.examples / INDEX).exists():
+    recipe, folder = job.recipe(), job.examples
+    if not (folder / INDEX).exists():
         cpus = int(ray.cluster_resources().get("CPU", 1))
         preparation = Preparation(
             job.settings,
             job.config,
             job.input,
-            job.examples,
+            folder,
             job.size,
             job.text_tokens,
             job.recogniser,
-            job.recipe(),
+            recipe,
             detectors=cpus // 2,
             encoders=job.workers if job.gpu else cpus // 2,
             gpus=1.0 if job.gpu else 0.0,
         )
         prepare(preparation)
-    examples = Prepared(job.examples)
-    examples.check(job.recipe())
+    examples = Prepared(folder)
+    examples.check(recipe)
     print(f"{len(examples)} examples; rows left out: {examples.left_out or 'none'}", flush=True)
 
 
@@ -116,23 +85,18 @@ def _fit(job: Job, after_step: AfterStep | None) -> Any:
 
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"job": job, "after_step": after_step},
+        train_loop_config={"job": job.logged(), "examples": job.examples, "after_step": after_step},
         torch_config=TorchConfig(backend="nccl" if job.gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=job.gpu),
         run_config=RunConfig(
             # one name for one configuration: the same command goes on, another one does not begin in its middle
-            name=f"stage{job.config.stage}-{_fingerprint(job)}",
+            name=job.name,
             storage_path=str(job.work / "runs"),
             failure_config=FailureConfig(max_failures=job.retries),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
     return trainer.fit()
-
-
-def _fingerprint(job: Job) -> str:
-    decides = (job.config.model_dump_json(exclude={"log_dir", "checkpoint_every"}), str(job.start), str(job.output))
-    return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:12]
 
 
 def _train(given: dict[str, Any]) -> None:
@@ -147,7 +111,7 @@ def _train(given: dict[str, Any]) -> None:
     job: Job = given["job"]
     device = str(ray.train.torch.get_device()) if job.gpu else "cpu"
     networks = load_networks(job.settings.model_copy(update={"device": device}), job.config, job.recogniser)
-    examples = Prepared(job.examples)
+    examples = Prepared(given["examples"])
     trainer = Trainer(networks, job.config, examples, examples.prompts("id"), examples.prompts("contrast"))
     last = ray.train.get_checkpoint()
     if last is not None:

@@ -164,13 +164,14 @@ def write_prompts(folder: Path, config: TrainingConfig, encoder: ExampleEncoder)
     write_tensors(folder / PROMPTS, parts)
 
 
-def recipe(config: TrainingConfig, size: int, length: int, recogniser: str | None) -> dict[str, Any]:
+def recipe(config: TrainingConfig, size: int, length: int, rows: str, recogniser: str | None) -> dict[str, Any]:
     """What prepared examples depend on: a training reads only those that were prepared for it.
 
-    recogniser: the sha256 of the ID loss's, or None.
+    rows: the sha256 of the input. recogniser: that of the ID loss's, or None.
     """
     prompts = {"id_prompts": list(config.id_prompts), "contrast_prompts": list(config.contrast_prompts)}
-    return {"preset": config.preset, "size": size, "text_tokens": length, "recogniser": recogniser, **prompts}
+    made_from = {"rows": rows, "recogniser": recogniser}
+    return {"preset": config.preset, "size": size, "text_tokens": length, **made_from, **prompts}
 
 
 def write_index(

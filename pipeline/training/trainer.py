@@ -65,7 +65,7 @@ class Trainer:
             self._log.write(self.step, figures)
             if after_step is not None:
                 after_step(self.step, figures)
-        self._log.flush()
+        self._log.close()
         return figures
 
     def batch(self) -> Batch:
@@ -185,10 +185,12 @@ class _Log:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(self._folder)
+            # of steps that are taken again after a cut, the last ones count
+            self._writer = SummaryWriter(self._folder, purge_step=step)
         for name, value in figures.items():
             self._writer.add_scalar(f"training/{name}", value, step)
 
-    def flush(self) -> None:
+    def close(self) -> None:
         if self._writer is not None:
-            self._writer.flush()
+            self._writer.close()
+            self._writer = None
