@@ -3,19 +3,41 @@
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 
 import pytest
 
 
-def _add(cluster, **options):
-    for left in (2, 1, 0):
+@contextmanager
+def _own_ray():
+    """A folder for a Ray of our own, and the environment in which nothing else on the machine is touched."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: names of sockets below it have a limit
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED")}
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+    try:
+        yield folder
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _started(start, give_up=lambda: None):
+    """Call `start` until it succeeds, three times more at most; `give_up` clears away what failed.
+
+    Ray gives a node 30 s to start, which cannot be set and which a busy machine exceeds.
+    """
+    for left in (3, 2, 1, 0):
         try:
-            cluster.add_node(**options)
+            start()
             return
         except Exception as error:  # Ray raises nothing more exact
-            # Ray gives a node 30 s to start, which cannot be set and which a busy machine exceeds.
             if left == 0 or "timed out during startup" not in str(error):
                 raise
+            give_up()
 
 
 @pytest.fixture(scope="session")
@@ -27,29 +49,37 @@ def untrained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def ray_here():
+    """A Ray of our own in this process, with four CPUs."""
+    with _own_ray() as folder:
+        import ray
+
+        options = {"num_cpus": 4, "include_dashboard": False, "log_to_driver": False, "_temp_dir": folder}
+        try:
+            _started(lambda: ray.init(address="local", **options), ray.shutdown)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
 def ray_cluster():
     """Two local Ray nodes: one with only CPUs (label pool=cpu), one with a pretended GPU (label pool=gpu).
 
     They have their own folder and ports, and no dashboard; nothing else on the machine is touched.
     """
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: names of sockets below it have a limit
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED")}
-    os.environ.update(RAY_AUTH_MODE="disabled", RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
-    import ray
-    from ray.cluster_utils import Cluster
+    with _own_ray():
+        import ray
+        from ray.cluster_utils import Cluster
 
-    cluster = Cluster()
-    try:
-        _add(cluster, num_cpus=8, num_gpus=0, labels={"pool": "cpu"}, include_dashboard=False)
-        _add(cluster, num_cpus=8, num_gpus=1, labels={"pool": "gpu"})
-        ray.init(address=cluster.address, log_to_driver=False)
-        yield {node["Labels"]["pool"]: node["NodeID"] for node in ray.nodes()}
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        shutil.rmtree(folder, ignore_errors=True)
+        cluster = Cluster()
+        cpu = {"num_cpus": 8, "num_gpus": 0, "labels": {"pool": "cpu"}, "include_dashboard": False}
+        gpu = {"num_cpus": 8, "num_gpus": 1, "labels": {"pool": "gpu"}}
+        try:
+            for options in (cpu, gpu):
+                _started(lambda options=options: cluster.add_node(**options))
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield {node["Labels"]["pool"]: node["NodeID"] for node in ray.nodes()}
+        finally:
+            ray.shutdown()
+            cluster.shutdown()

@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from pipeline import flow
 from pipeline.faces import Face, FaceBox, Faces
+from pipeline.miniature import configs
 from pipeline.miniature.people import person
 from pipeline.miniature.scenes import scene
 from pipeline.miniature.world import draw
@@ -18,7 +20,7 @@ from pipeline.request import Person, Request
 from pipeline.settings import Settings
 from pipeline.trace import Trace
 from pipeline.training.miniature import build
-from pipeline.training.miniature.data import face_of, face_share
+from pipeline.training.miniature.data import face_of, face_share, importance
 from pipeline.training.miniature.idformer import IdformerPlan
 from pipeline.training.miniature.loop import Loop, LoopPlan, generator, matrices
 from pipeline.training.miniature.plan import QUICK
@@ -163,3 +165,15 @@ def test_the_share_of_the_face_is_where_the_face_is():
     share = face_share(draw(person(1), scene(1, x=0.0, y=0.0, hat="none")).labels).reshape(8, 8)
     assert share[4, 4] > 0.9
     assert share[0, 0] == share[0, 7] == 0
+
+
+def test_a_channel_counts_as_much_as_it_is_seen():
+    """One that the decoder does not read counts nothing, and one that it reads tenfold the most."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**configs.VAE).eval()
+    with torch.no_grad():
+        vae.decoder.conv_in.weight[:, 3] = 0
+        vae.decoder.conv_in.weight[:, 5] *= 10
+    found = importance(vae, np.random.default_rng(0).standard_normal((2, 16, 16, 16), np.float32))
+    assert found.mean() == pytest.approx(1)
+    assert (found[3], found.argmax()) == (0, 5)

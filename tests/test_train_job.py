@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,41 +19,6 @@ from tests import training as toy
 from tests.face_models import red_squares
 
 PEOPLE = ("one", "one", "two", "two", None, "three")
-
-
-def _start(folder: str) -> None:
-    import ray
-
-    for left in (3, 2, 1, 0):
-        try:
-            ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
-            return
-        except Exception as error:  # Ray raises nothing more exact
-            # Ray gives a node 30 s to start, which cannot be set and which a busy machine exceeds.
-            if left == 0 or "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """A Ray of our own on this machine."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: names of sockets below it have a limit
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED")}
-    os.environ.update(RAY_AUTH_MODE="disabled", RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
-    import ray
-
-    try:
-        _start(folder)
-        yield
-    finally:
-        ray.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rows(folder: Path) -> Path:

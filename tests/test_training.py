@@ -32,6 +32,15 @@ def test_flow_loss_is_the_mean_square_distance_from_noise_minus_latents():
     assert losses.flow_loss(noise - latents, noise, latents).tolist() == [0]
 
 
+def test_the_numbers_of_a_token_may_count_differently():
+    """Worked out: squares of 1, 9 and 4, 4; the weights take the first and, twice, the last of them."""
+    velocity = torch.tensor([[[1.0, 5.0], [4.0, 4.0]]])
+    noise, latents = torch.full((1, 2, 2), 3.0), torch.ones(1, 2, 2)
+    weights = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    assert losses.flow_loss(velocity, noise, latents, weights).tolist() == [(1 * 1 + 2 * 4) / 3]
+    assert losses.flow_loss(velocity, noise, latents, torch.tensor([[[0.0, 1.0]]])).tolist() == [(9 + 4) / 2]
+
+
 def test_semantic_alignment_compares_what_each_word_gathers_from_the_picture():
     """Worked out: two image queries, 0 and 1; a key of ln 3 weighs them 1 : 3, a key of 0 evenly."""
     query_id, nothing = torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1), torch.zeros(1, 1, 2, 1)

@@ -13,8 +13,8 @@ class Batch:
     """Pictures of people with what is known of them; B rows each.
 
     latents (B, C, h, w): the picture as the VAE's latents, shifted and scaled as FLUX reads them. text (B, L, D) and
-    pooled (B, P): its prompt. token_weights (B, N) or (B, N, C): how much each image token, or each number of it, counts
-    in the flow loss.
+    pooled (B, P): its prompt. token_weights (B, N) or (B, N, C): how much each image token, or each number of it,
+    counts in the flow loss.
 
     Of the reference, which is another picture of the same person where there is one: embedding (B, 512), ArcFace's, not
     normalised; either hidden, five of (B, S, H), and eva_pooled (B, E), EVA-CLIP's outputs, or features (B, 336, 336),

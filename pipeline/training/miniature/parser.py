@@ -1,8 +1,7 @@
 """The miniature's face parser: BiSeNet at a quarter of its width, trained on the exact labels of drawn people."""
 
-import logging
+import itertools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,10 @@ from pipeline.models.alignment import FFHQ_SIZE, FFHQ_TEMPLATE, ffhq_crop, robus
 from pipeline.models.detection import IMAGENET_MEAN, IMAGENET_STD, PARSER_CLASSES, BiSeNetParser, build_bisenet
 from pipeline.models.face_features import BACKGROUND_LABELS
 from pipeline.training.miniature.crops import disturbed, inexact
+from pipeline.training.miniature.loop import one_cycle
 
 if TYPE_CHECKING:
     from facexlib.parsing.bisenet import BiSeNet
-
-log = logging.getLogger(__name__)
 
 WIDTH = 16
 FILE = "facexlib/parsing_bisenet_miniature.safetensors"
@@ -110,23 +108,17 @@ def parsing_loss(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
 def learn(network: "BiSeNet", plan: ParserPlan) -> None:
     """Train a parser at production's size, on new drawings all the time; leaves it in eval mode."""
     rng = np.random.default_rng(plan.seed)
-    network.train().to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=plan.rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, plan.rate, total_steps=plan.steps + 1, pct_start=0.1)
-    started = time.perf_counter()
-    for step in range(plan.steps):
-        pixels, labels = batch(step * plan.batch, plan.batch, rng)
+    network.to(memory_format=torch.channels_last)
+    firsts = itertools.count(step=plan.batch)
+
+    def next_loss() -> Tensor:
+        pixels, labels = batch(next(firsts), plan.batch, rng)
         with torch.autocast("cpu", torch.bfloat16):
             scores = outputs(network, pixels.to(memory_format=torch.channels_last))
-        loss = parsing_loss(scores, labels)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimiser.step()
-        schedule.step()
-        if step % 100 == 0:
-            log.info("step %d: loss %.3f after %.0f s", step, loss.item(), time.perf_counter() - started)
-    network.eval().to(memory_format=torch.contiguous_format)
+        return parsing_loss(scores, labels)
+
+    one_cycle(network, plan.steps, plan.rate, 0.01, next_loss)
+    network.to(memory_format=torch.contiguous_format)
 
 
 def label_figures(predicted: NDArray[np.uint8], labels: NDArray[np.uint8]) -> dict[str, float]:

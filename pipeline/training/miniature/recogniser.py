@@ -5,8 +5,6 @@ a generator to please the recogniser it goes through, and the judge must be anot
 """
 
 import json
-import logging
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +17,11 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize
 
 from pipeline.miniature.people import FIRST_HELD_OUT, VECTOR_SIZE, person
 from pipeline.training.miniature.crops import disturbed, nudged, people_crops
+from pipeline.training.miniature.loop import one_cycle
 from pipeline.training.miniature.recogniser_networks import EMBEDDING, build, write_onnx
 
 if TYPE_CHECKING:
     from pipeline.models.detection import ArcFaceRecogniser
-
-log = logging.getLogger(__name__)
 
 SCALE, MARGIN = 24.0, 0.3  # CosFace's s and m, for some thousand people
 VECTOR_WEIGHT = 2.0
@@ -159,27 +156,18 @@ def learn(network: nn.Module, crops: NDArray[np.uint8], vectors: Tensor, plan: R
     """
     rng = np.random.default_rng(plan.seed)
     centres, reader = Centres(), nn.Linear(EMBEDDING, VECTOR_SIZE)
-    parts = nn.ModuleList([network, centres, reader]).train()
     network.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(parts.parameters(), lr=plan.rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, plan.rate, total_steps=plan.steps + 1, pct_start=0.1)
-    started = time.perf_counter()
-    for step in range(plan.steps):
+
+    def next_loss() -> Tensor:
         rows = rng.permutation(len(crops))[: plan.batch]
         pictures = as_input(batch(crops, rows, rng)).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings, directions = network(pictures).float(), centres(vectors)  # (B, 512), (P, 512)
         people = torch.from_numpy(rows)
         loss = cosface_loss(embeddings, directions, people)
-        loss = loss + VECTOR_WEIGHT * mse_loss(reader(embeddings), vectors[people])
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parts.parameters(), 5.0)
-        optimiser.step()
-        schedule.step()
-        if step % 100 == 0:
-            log.info("step %d: loss %.3f after %.0f s", step, loss.item(), time.perf_counter() - started)
-    parts.eval()
+        return loss + VECTOR_WEIGHT * mse_loss(reader(embeddings), vectors[people])
+
+    one_cycle(nn.ModuleList([network, centres, reader]), plan.steps, plan.rate, 0.05, next_loss)
 
 
 def train_role(role: Role, work: Path, path: Path, plan: RecogniserPlan) -> dict[str, float]:
