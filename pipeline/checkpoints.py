@@ -181,7 +181,7 @@ def _pulid(path: Path, settings: Settings, module: str) -> State:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise WeightsMissing(f"{path} is missing; run `pulid weights fetch`.")
+        raise WeightsMissing(f"{path} is missing; `pulid weights verify` says what to do.")
     return path
 
 
@@ -197,7 +197,7 @@ def _naming(path: Path) -> Iterator[None]:
         *(KeyError, IndexError, ValueError, RuntimeError, TypeError),  # a converter or a constructor met another model
     ) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300].rstrip(".")
-        raise WeightsCorrupt(f"{path} cannot be used: {reason}. Fetch it again with `pulid weights fetch`.") from error
+        raise WeightsCorrupt(f"{path} cannot be used: {reason}. `pulid weights verify` says what to do.") from error
 
 
 def _read(paths: Iterable[Path], settings: Settings, prefixes: tuple[str, ...] = ()) -> State:

@@ -470,7 +470,7 @@ def test_text_encoders_with_a_file_gone(tmp_path: Path, untrained: Path, role: s
     for file in (untrained / role).iterdir():
         if file.name != gone:
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(WeightsMissing, match="pulid weights fetch"):
+    with pytest.raises(WeightsMissing, match="pulid weights verify"):
         {"t5": checkpoints.load_t5, "clip": checkpoints.load_clip}[role](Files({role: tmp_path}), CPU)
 
 

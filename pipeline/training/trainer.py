@@ -80,8 +80,10 @@ class Trainer:
         """One step on this worker's part of the global batch; the figures are means over all of it."""
         self._optimiser.zero()
         figures = self._backward(batch)
-        for weight in self.weights.values():
-            weight.grad = self.workers.total(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+        weights = list(self.weights.values())
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        for weight, gradient in zip(weights, self.workers.totals(gradients), strict=True):
+            weight.grad = gradient
         norm = self._optimiser.step(self.step)
         self.ema.update(self.weights, self.step)
         self.step += 1
