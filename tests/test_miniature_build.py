@@ -16,14 +16,15 @@ from pipeline.miniature import configs
 from pipeline.miniature.people import person
 from pipeline.miniature.scenes import scene
 from pipeline.miniature.world import draw
+from pipeline.models.sampling import pack
 from pipeline.request import Person, Request
 from pipeline.settings import Settings
 from pipeline.trace import Trace
-from pipeline.training.miniature import build
-from pipeline.training.miniature.data import face_of, face_share, importance
+from pipeline.training.miniature import build, flux
+from pipeline.training.miniature.data import face_of, face_share, importance, number_weights
 from pipeline.training.miniature.idformer import IdformerPlan
 from pipeline.training.miniature.loop import Loop, LoopPlan, generator, matrices
-from pipeline.training.miniature.plan import QUICK
+from pipeline.training.miniature.plan import FULL, QUICK
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +178,20 @@ def test_a_channel_counts_as_much_as_it_is_seen():
     found = importance(vae, np.random.default_rng(0).standard_normal((2, 16, 16, 16), np.float32))
     assert found.mean() == pytest.approx(1)
     assert (found[3], found.argmax()) == (0, 5)
+
+
+def test_the_numbers_of_a_token_have_their_channels_importance(tmp_path):
+    """Latents that hold their channel's importance everywhere are, as tokens, the weights of the flow loss."""
+    (tmp_path / "data").mkdir()
+    channels = np.arange(16, dtype=np.float32)
+    np.save(tmp_path / "data" / "importance.npy", channels)
+    tokens = pack(torch.from_numpy(channels)[None, :, None, None].expand(1, 16, 16, 16))
+    assert torch.equal(tokens, number_weights(tmp_path).expand(1, 64, 64))
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    """The forward pass is then the network's own; so it is where the plan asks for no compiling."""
+    model = flux.build()
+    assert flux._prepared(model, QUICK.flux) is model
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert flux._prepared(model, FULL.flux) is model

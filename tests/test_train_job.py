@@ -4,11 +4,13 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster.jobs import train
 from pipeline.errors import SettingsInvalid
@@ -55,7 +57,8 @@ def test_a_killed_worker_changes_nothing(ray_here: None, tmp_path: Path, untrain
 
     calm = train.Job(settings, config, rows, tmp_path / "calm.safetensors", tmp_path / "work", **common)
     figures = train.run(calm)
-    prepared = Prepared(calm.examples)
+    places = calm.places()
+    prepared = Prepared(places.examples)
     assert (len(prepared), prepared.left_out) == (6, {"no_face": 1, "invalid_request": 1})
     assert figures["step"] == 5
     assert {"flow", "semantic", "layout", "faces"} <= figures.keys()
@@ -65,6 +68,8 @@ def test_a_killed_worker_changes_nothing(ray_here: None, tmp_path: Path, untrain
     assert (tmp_path / "mark").exists()
     assert hit.output.read_bytes() == calm.output.read_bytes()
     assert json.loads(hit.output.with_suffix(".json").read_text()) == figures
+    events = EventAccumulator(str(hit.places().log_dir)).Reload()
+    assert [event.step for event in events.Scalars("training/flow")] == [1, 2, 3, 4, 5]
 
 
 def test_a_configuration_comes_from_file_pairs_and_flags(tmp_path: Path) -> None:
@@ -86,7 +91,8 @@ def test_a_configuration_comes_from_file_pairs_and_flags(tmp_path: Path) -> None
         (["--preset", "huge"], "preset"),
         (["--start", "nowhere.pt"], "nowhere.pt is missing"),
         (["--stage", "2"], "--recogniser"),
-        (["--workers", "3"], "multiples of the 3 workers"),
+        (["--workers", "3"], "multiples of the workers, not 3"),
+        (["--workers", "0"], "not 0"),
         (["--output", "pulid.pt"], ".safetensors"),
         (["--input", "nowhere.jsonl"], "nowhere.jsonl is missing"),
     ],
@@ -102,26 +108,30 @@ def test_a_job_that_cannot_begin_says_why(
     assert named in capsys.readouterr().err
 
 
-def test_what_a_training_depends_on_is_in_its_names(tmp_path: Path) -> None:
-    """Other rows are prepared elsewhere; another start under the old name begins anew; a longer log does not."""
-    for name in ("rows.jsonl", "start.pt"):
-        (tmp_path / name).write_text("before")
-    job = train.Job(
-        Settings(device="cpu"),
-        toy.config(preset="miniature"),
-        tmp_path / "rows.jsonl",
-        tmp_path / "out.safetensors",
-        tmp_path,
-        tmp_path / "start.pt",
-    )
-    examples, name = job.examples, job.name
-    assert job.logged().name == name
-    (tmp_path / "start.pt").write_text("after")
-    assert (job.examples, job.name == name) == (examples, False)
-    name = job.name
-    (tmp_path / "rows.jsonl").write_text("after")
-    assert job.examples != examples
-    assert job.name != name
+def test_what_a_training_depends_on_decides_where_its_parts_are(tmp_path: Path, untrained: Path) -> None:
+    """Other rows or another recogniser are prepared elsewhere; another start under the old name begins anew."""
+    files = {name: tmp_path / name for name in ("rows.jsonl", "start.pt", "net.onnx")}
+    for file in files.values():
+        file.write_text("before")
+    settings, config = Settings(miniature_dir=untrained, device="cpu"), toy.config(preset="miniature")
+    rows, start, recogniser = files.values()
+    job = train.Job(settings, config, rows, tmp_path / "out.safetensors", tmp_path / "work", start, recogniser)
+    first = job.places()
+    assert job.places() == first
+    assert first.log_dir == tmp_path / "work" / "logs" / first.name
+
+    free = config.model_copy(update={"log_dir": "/logs", "gradient_checkpointing": True})
+    assert replace(job, config=free).places() == replace(first, log_dir=Path("/logs") / first.name)
+
+    start.write_text("after")
+    another = job.places()
+    assert another.examples == first.examples
+    assert another.name != first.name
+    for file in (rows, recogniser):
+        before = job.places()
+        file.write_text("after")
+        assert job.places().examples != before.examples
+        assert job.places().name != before.name
 
 
 def test_the_estimate_counts_the_real_networks() -> None:

@@ -95,7 +95,7 @@ def test_prepared_examples_come_back_as_batches(
     write_shard(tmp_path, "a.safetensors", examples[:3])
     write_shard(tmp_path, "b.safetensors", examples[3:])
     write_prompts(tmp_path, config, encoder)
-    made_as = recipe(config, 256, 32, "rows", None)
+    made_as = recipe(config, 256, 32, {})
     write_index(tmp_path, made_as, [("a.safetensors", people[:3]), ("b.safetensors", people[3:])], Counter(no_face=2))
 
     prepared = Prepared(tmp_path)
@@ -131,11 +131,11 @@ def test_what_was_prepared_for_another_training_is_refused(tmp_path: Path):
     """Other rows, prompts, sizes or recognisers are named; a folder without examples, or with none in it, is told."""
     with pytest.raises(WeightsMissing):
         Prepared(tmp_path)
-    made_as = recipe(toy.config(), 512, 128, "rows", "aa")
+    made_as = recipe(toy.config(), 512, 128, {"rows": "a", "recogniser": "aa"})
     write_index(tmp_path, made_as, [("a", [None])], Counter())
     Prepared(tmp_path).check(made_as)
     with pytest.raises(SettingsInvalid, match="recogniser, rows, size"):
-        Prepared(tmp_path).check(recipe(toy.config(), 768, 128, "others", "bb"))
+        Prepared(tmp_path).check(recipe(toy.config(), 768, 128, {"rows": "b", "recogniser": "bb"}))
     write_index(tmp_path, made_as, [], Counter(no_face=3))
     with pytest.raises(SettingsInvalid, match="no_face"):
         Prepared(tmp_path).check(made_as)

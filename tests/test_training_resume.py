@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from pipeline.errors import SettingsInvalid, WeightsCorrupt
+from pipeline.training.workers import Workers
 from tests import training as toy
 
 WORKER = """
@@ -132,3 +133,19 @@ def test_a_configuration_survives_json():
     """It is written into every checkpoint, and read again when a training goes on."""
     settings = toy.config(times={"mean": 1.0, "uniform_share": 0.5})
     assert type(settings).model_validate_json(json.dumps(settings.model_dump())) == settings
+
+
+def test_gradients_are_summed_in_few_messages():
+    """Every tensor keeps its place and shape; a message is sent when it is long enough, or with the last tensor."""
+    sent = []
+
+    def total(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.numel())
+        return 2 * tensor
+
+    tensors = [torch.ones(2, 3), torch.full((9,), 2.0), torch.tensor(3.0), torch.zeros(0, 4), torch.ones(5)]
+    before = [tensor.clone() for tensor in tensors]
+    Workers(0, 2, total, bucket=8).add_up(tensors)
+    assert sent == [6 + 9, 1 + 0 + 5]
+    for one, other in zip(tensors, before, strict=True):
+        assert torch.equal(one, 2 * other)

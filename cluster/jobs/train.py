@@ -15,12 +15,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.jobs.training import Job
+from cluster.jobs.training import Job, Places
 from pipeline.errors import PipelineError, SettingsInvalid
 from pipeline.settings import Settings
 from pipeline.training.config import TrainingConfig
@@ -34,12 +35,13 @@ AfterStep = Callable[[int, Mapping[str, float]], None]
 def run(job: Job, after_step: AfterStep | None = None) -> dict[str, float]:
     """Prepare what is not prepared yet, train, and write the output; returns the last figures.
 
-    after_step is called in every worker after every step. Raises SettingsInvalid and WeightsMissing before anything is
-    begun, where it could not end.
+    after_step is called in every worker after every step. Raises SettingsInvalid and WeightsError; where a file is
+    missing or a number does not fit, before anything is begun.
     """
     job.check()
-    _prepared(job)
-    result = _fit(job, after_step)
+    places = job.places()
+    _prepared(job, places)
+    result = _fit(job, places, after_step)
     figures: dict[str, float] = dict(result.metrics or {})
     job.output.parent.mkdir(parents=True, exist_ok=True)
     with result.checkpoint.as_directory() as folder:
@@ -51,46 +53,45 @@ def run(job: Job, after_step: AfterStep | None = None) -> dict[str, float]:
     return figures
 
 
-def _prepared(job: Job) -> None:
+def _prepared(job: Job, places: Places) -> None:
     import ray
 
     from cluster.jobs.prepare import Preparation, prepare
     from pipeline.training.data import INDEX, Prepared
 
-    recipe, folder = job.recipe(), job.examples
-    if not (folder / INDEX).exists():
+    if not (places.examples / INDEX).exists():
         cpus = int(ray.cluster_resources().get("CPU", 1))
         preparation = Preparation(
             job.settings,
             job.config,
             job.input,
-            folder,
+            places.examples,
             job.size,
             job.text_tokens,
             job.recogniser,
-            recipe,
+            places.recipe,
             detectors=cpus // 2,
             encoders=job.workers if job.gpu else cpus // 2,
             gpus=1.0 if job.gpu else 0.0,
         )
         prepare(preparation)
-    examples = Prepared(folder)
-    examples.check(recipe)
+    examples = Prepared(places.examples)
+    examples.check(places.recipe)
     print(f"{len(examples)} examples; rows left out: {examples.left_out or 'none'}", flush=True)
 
 
-def _fit(job: Job, after_step: AfterStep | None) -> Any:
+def _fit(job: Job, places: Places, after_step: AfterStep | None) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    logged = replace(job, config=job.config.model_copy(update={"log_dir": str(places.log_dir)}))
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"job": job.logged(), "examples": job.examples, "after_step": after_step},
+        train_loop_config={"job": logged, "examples": places.examples, "after_step": after_step},
         torch_config=TorchConfig(backend="nccl" if job.gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=job.gpu),
         run_config=RunConfig(
-            # one name for one configuration: the same command goes on, another one does not begin in its middle
-            name=job.name,
+            name=places.name,
             storage_path=str(job.work / "runs"),
             failure_config=FailureConfig(max_failures=job.retries),
             checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -2,14 +2,32 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from pipeline import weights
 from pipeline.download import sha256
-from pipeline.errors import SettingsInvalid, WeightsMissing
+from pipeline.errors import SettingsInvalid
 from pipeline.settings import Settings
-from pipeline.training.config import TrainingConfig
+from pipeline.training.config import FREE, TrainingConfig
+
+NOT_PREPARED_WITH = {"flux", "pulid", "eva_clip", "judge"}  # roles of models that no prepared example comes from
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a job's parts are, by what they depend on: with anything else they would be elsewhere.
+
+    recipe: what the prepared examples depend on. name: of this training; the same command goes on, another one does not
+    begin in its middle. log_dir: for TensorBoard.
+    """
+
+    recipe: Mapping[str, Any]
+    examples: Path
+    name: str
+    log_dir: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,47 +53,44 @@ class Job:
     retries: int = 3
 
     def check(self) -> None:
-        """Raises WeightsMissing and SettingsInvalid, for what would otherwise be found out hours later."""
+        """Raises SettingsInvalid and WeightsMissing for files that are not there and numbers that do not fit."""
         for option, file in (("input", self.input), ("start", self.start), ("recogniser", self.recogniser)):
             if file is not None and not file.is_file():
-                raise WeightsMissing(f"{file} is missing: the file that --{option} names.")
+                raise SettingsInvalid(f"{file} is missing: the file that --{option} names.")
         if self.output.suffix != ".safetensors":
             raise SettingsInvalid(f"--output is {self.output.name}; a PuLID file has to end in .safetensors.")
         if self.config.stage > 1 and self.recogniser is None:
             raise SettingsInvalid("From stage 2 on the ID loss needs --recogniser: an ArcFace net as an ONNX file.")
-        config = self.config
-        sizes = (config.batch_size, config.id_batch_size, config.align_batch_size)
-        if any(size % self.workers for size in sizes):
-            raise SettingsInvalid(f"Batch sizes {sizes} have to be multiples of the {self.workers} workers.")
+        self.config.check_workers(self.workers)
+        for role in ("flux", "eva_clip"):
+            weights.locate(self.settings).path(role)
 
-    def recipe(self) -> dict[str, Any]:
-        """What the prepared examples depend on; of the pictures only their paths, which are in the input."""
-        from pipeline.training.data import recipe
-
-        recogniser = None if self.recogniser is None else sha256(self.recogniser)
-        return recipe(self.config, self.size, self.text_tokens, sha256(self.input), recogniser)
-
-    @property
-    def examples(self) -> Path:
-        """Where examples of this recipe are prepared: another one has another folder."""
-        return self.work / f"examples-{_fingerprint(self.recipe())}"
-
-    @property
-    def name(self) -> str:
-        """One name for one training: the same command goes on, another one does not begin in its middle."""
+    def places(self) -> Places:
+        """Reads the input, the recogniser and the start once, to tell them from others. Raises WeightsError."""
+        recipe = self._recipe()
         decides = {
-            "config": self.config.model_dump(mode="json", exclude={"log_dir", "checkpoint_every"}),
-            "examples": self.recipe(),
+            "config": self.config.model_dump(mode="json", exclude=FREE),
+            "examples": recipe,
             "start": None if self.start is None else sha256(self.start),
             "output": str(self.output),
         }
-        return f"stage{self.config.stage}-{_fingerprint(decides)}"
+        name = f"stage{self.config.stage}-{_fingerprint(decides)}"
+        logs = self.work / "logs" if self.config.log_dir is None else Path(self.config.log_dir)
+        return Places(recipe, self.work / f"examples-{_fingerprint(recipe)}", name, logs / name)
 
-    def logged(self) -> Self:
-        """The same with a folder for TensorBoard, where the configuration names none."""
-        if self.config.log_dir is not None:
-            return self
-        return replace(self, config=self.config.model_copy(update={"log_dir": str(self.work / "logs" / self.name)}))
+    def _recipe(self) -> dict[str, Any]:
+        """Of the pictures only their paths count, and of weights that were never verified only that they were not."""
+        from pipeline.training.data import recipe
+
+        files = weights.locate(self.settings)
+        roles = [spec.role for spec in files.preset.specs if spec.role not in NOT_PREPARED_WITH]
+        read = {
+            "folder": str(self.input.parent),
+            "rows": sha256(self.input),
+            "models": files.hashes(*roles),
+            "recogniser": None if self.recogniser is None else sha256(self.recogniser),
+        }
+        return recipe(self.config, self.size, self.text_tokens, read)
 
 
 def _fingerprint(record: Any) -> str:

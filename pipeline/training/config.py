@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.errors import SettingsInvalid
 from pipeline.settings import PresetName
 from pipeline.training.losses import ID_WEIGHT, LAYOUT_WEIGHT, SEMANTIC_WEIGHT
 
@@ -52,6 +53,10 @@ class Times(Frozen):
 
 # Who somebody is, is decided at high noise: half of the times there, and the others leaning that way.
 HIGH_NOISE = Times(mean=1.0, spread=1.2, uniform_share=0.5, low=0.7)
+
+
+# What may differ between a training and one that goes on from its checkpoint: nothing that is learnt depends on it.
+FREE = {"log_dir", "checkpoint_every", "gradient_checkpointing"}
 
 
 class TrainingConfig(Frozen):
@@ -123,6 +128,12 @@ class TrainingConfig(Frozen):
         if max(self.id_batch_size, self.align_batch_size) > self.batch_size:
             raise ValueError("id_batch_size and align_batch_size are parts of batch_size, and cannot be larger")
         return self
+
+    def check_workers(self, count: int) -> None:
+        """Raises SettingsInvalid where the batches cannot be shared out evenly among so many workers."""
+        sizes = (self.batch_size, self.id_batch_size, self.align_batch_size)
+        if count < 1 or any(size % count for size in sizes):
+            raise SettingsInvalid(f"Batch sizes {sizes} have to be multiples of the workers, not {count}, 1 at least.")
 
     def has_identity(self, step: int) -> bool:
         """Whether the ID loss counts at a step."""

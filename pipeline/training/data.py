@@ -164,14 +164,13 @@ def write_prompts(folder: Path, config: TrainingConfig, encoder: ExampleEncoder)
     write_tensors(folder / PROMPTS, parts)
 
 
-def recipe(config: TrainingConfig, size: int, length: int, rows: str, recogniser: str | None) -> dict[str, Any]:
+def recipe(config: TrainingConfig, size: int, length: int, read: Mapping[str, Any]) -> dict[str, Any]:
     """What prepared examples depend on: a training reads only those that were prepared for it.
 
-    rows: the sha256 of the input. recogniser: that of the ID loss's, or None.
+    read: what tells the files that were read from others, their sha256 say.
     """
     prompts = {"id_prompts": list(config.id_prompts), "contrast_prompts": list(config.contrast_prompts)}
-    made_from = {"rows": rows, "recogniser": recogniser}
-    return {"preset": config.preset, "size": size, "text_tokens": length, **made_from, **prompts}
+    return {"preset": config.preset, "size": size, "text_tokens": length, **read, **prompts}
 
 
 def write_index(

@@ -23,8 +23,8 @@ def flow_loss(velocity: Tensor, noise: Tensor, latents: Tensor, token_weights: T
     """How far the predicted velocity is from noise - latents (B,): equation 1, for a rectified flow.
 
     velocity, noise and latents (B, N, C), where the model read (1 - t) latents + t noise. token_weights (B, N), or
-    (B, N, C) where the numbers of a token do not count alike: how much each counts against the others of its sample;
-    only their ratios matter.
+    what broadcasts to (B, N, C) where the numbers of a token do not count alike: how much each counts against the
+    others of its sample; only their ratios matter.
     """
     squares = (velocity.float() - (noise.float() - latents.float())).square()  # (B, N, C)
     if token_weights is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SettingsInvalid, WeightsCorrupt
-from pipeline.training.config import TrainingConfig
+from pipeline.training.config import FREE, TrainingConfig
 from pipeline.training.draws import Draws, order, seed_of
 from pipeline.training.examples import Batch, Examples, Prompts
 from pipeline.training.networks import Ema, Networks, save_pulid
@@ -21,8 +21,6 @@ from pipeline.training.objective import Objective
 from pipeline.training.optimiser import Optimiser
 from pipeline.training.workers import Workers, distributed
 
-# What may differ between a checkpoint's configuration and that of the training which goes on from it.
-FREE = {"log_dir", "checkpoint_every", "gradient_checkpointing"}
 Figures = Mapping[str, float]
 
 
@@ -41,9 +39,7 @@ class Trainer:
         """`workers`: those of torch.distributed if not given. Raises SettingsInvalid where the parts do not fit."""
         self.networks, self.config, self.examples = networks, config, examples
         self.workers = distributed() if workers is None else workers
-        sizes = (config.batch_size, config.id_batch_size, config.align_batch_size)
-        if any(size % self.workers.count for size in sizes):
-            raise SettingsInvalid(f"Batch sizes {sizes} have to be multiples of the {self.workers.count} workers.")
+        config.check_workers(self.workers.count)
         networks.prepare(config.gradient_checkpointing)
         self.step = 0
         self._seed = seed_of(config.seed, config.stage)  # the next stage is not to see this one's noise again
@@ -80,10 +76,10 @@ class Trainer:
         """One step on this worker's part of the global batch; the figures are means over all of it."""
         self._optimiser.zero()
         figures = self._backward(batch)
-        weights = list(self.weights.values())
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        for weight, gradient in zip(weights, self.workers.totals(gradients), strict=True):
-            weight.grad = gradient
+        for weight in self.weights.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        self.workers.add_up([weight.grad for weight in self.weights.values() if weight.grad is not None])
         norm = self._optimiser.step(self.step)
         self.ema.update(self.weights, self.step)
         self.step += 1
@@ -112,6 +108,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, atomically; every worker holds the same, so one of them writes."""
+        self._log.flush()  # whoever goes on from here does not take these steps again
         state = {
             "config": self.config.model_dump_json(),
             "step": self.step,
@@ -191,6 +188,10 @@ class _Log:
             self._writer = SummaryWriter(self._folder, purge_step=step)
         for name, value in figures.items():
             self._writer.add_scalar(f"training/{name}", value, step)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:

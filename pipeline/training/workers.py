@@ -7,46 +7,45 @@ import torch
 from torch import Tensor
 
 
-BUCKET = 16 * 2**20  # numbers that are sent together, or one tensor where it is larger
-
-
 def _alone(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Who this worker is and how many there are; `total` sums a tensor over all of them, on each of them."""
+    """Who this worker is and how many there are; `total` sums a tensor over all of them, on each of them.
+
+    bucket: how many numbers a message of `add_up` gathers before it is sent.
+    """
 
     rank: int = 0
     count: int = 1
     total: Callable[[Tensor], Tensor] = _alone
+    bucket: int = 2**24
 
-    def totals(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Many tensors of one kind, summed over all workers, in few messages: each costs its time however small."""
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put sums over all workers into tensors of one dtype and device, in few messages: each costs its time."""
         if self.count == 1:
-            return list(tensors)
-        summed: list[Tensor] = []
-        for bucket in _buckets(tensors):
+            return
+        for bucket in self._buckets(tensors):
             flat = self.total(torch.cat([tensor.flatten() for tensor in bucket]))
             parts = flat.split([tensor.numel() for tensor in bucket])
-            summed += [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
-        return summed
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        bucket: list[Tensor] = []
+        for tensor in tensors:
+            bucket.append(tensor)
+            if sum(each.numel() for each in bucket) >= self.bucket:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
 
     def places(self, batch_size: int) -> range:
         """This worker's places in a global batch, dealt like cards: its first places are shared out evenly too."""
         return range(self.rank, batch_size, self.count)
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(each.numel() for each in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 def distributed() -> Workers:

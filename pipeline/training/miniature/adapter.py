@@ -2,7 +2,8 @@
 
 The first stage is the flow loss alone, the second adds the ID loss, the third the alignment. Each starts from the mean
 weights of the one before. The miniature's own are the optimiser and its rates, the step counts, the times of the flow
-loss and the prompts; the weights of the losses are the paper's.
+loss, the prompts and the weights of the alignment, which at the paper's was too weak to be seen; the ID loss has the
+paper's.
 """
 
 import logging
@@ -67,13 +68,13 @@ class AdapterPlan:
     )
     identity: Mapping[str, Any] = field(
         default_factory=lambda: {
-            **{"stage": 2, "steps": 220, "batch_size": 20, "lr_cross_attention": 1e-3, "lr_idformer": 2.5e-4},
+            **{"stage": 2, "steps": 520, "batch_size": 20, "lr_cross_attention": 1e-3, "lr_idformer": 2.5e-4},
         }
     )
     alignment: Mapping[str, Any] = field(
         default_factory=lambda: {
-            **{"stage": 3, "steps": 430, "batch_size": 20, "lr_cross_attention": 1e-3, "lr_idformer": 2.5e-4},
-            **{"align_every": 4},
+            **{"stage": 3, "steps": 280, "batch_size": 24, "lr_cross_attention": 7e-4, "lr_idformer": 1.75e-4},
+            **{"align_every": 2, "semantic": 2.0, "layout": 0.5},
         }
     )
     prompts: int = 256

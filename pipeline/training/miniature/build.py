@@ -42,8 +42,9 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("vae", (), ("vae",), vae.train, ("vae", "decoder")),
     Stage("latents", ("vae",), ("data",), data.make_latents),
+    Stage("importance", ("vae", "latents"), (), data.make_importance),
     Stage("text", (), ("text",), text.train, ("clip",)),
-    Stage("flux", ("latents", "text"), ("flux",), flux.train, ("flux", "guidance")),
+    Stage("flux", ("latents", "importance", "text"), ("flux",), flux.train, ("flux", "guidance")),
     Stage("recogniser", (), ("recogniser",), recogniser.train),
     Stage("faces", (), ("data",), data.make_faces),
     Stage("embeddings", ("faces", "recogniser"), ("data",), data.make_embeddings),

@@ -63,8 +63,7 @@ def drawing(index: int, plan: DataPlan) -> Drawing:
 def make_latents(work: Path, weights: Path, plan: DataPlan, batch: int = 8) -> dict[str, float]:
     """Draw everything and encode it: latents (N, 16, 16, 16) float16, scaled; face_share (N, 64) float16.
 
-    face_share is the part of each image token that shows the person: face, hair, glasses, earrings. Beside them
-    `importance` (16,) float32, of each channel.
+    face_share is the part of each image token that shows the person: face, hair, glasses, earrings.
     """
     vae = checkpoints.load_vae(*finished(weights))
     latents = _array(work, "latents", (plan.count, 16, 16, 16), np.float16)
@@ -75,15 +74,17 @@ def make_latents(work: Path, weights: Path, plan: DataPlan, batch: int = 8) -> d
         shares[rows.start : rows.stop] = [face_share(made.labels) for made in drawings]
     latents.flush()
     shares.flush()
-    first = np.array(latents[:MEASURED], np.float32)
-    measured = importance(vae, first)
-    _array(work, "importance", measured.shape, np.float32)[:] = measured
-    return {
-        "drawings": float(plan.count),
-        "latent_spread": float(first.std()),
-        "least_important": float(measured.min()),
-        "most_important": float(measured.max()),
-    }
+    return {"drawings": float(plan.count), "latent_spread": float(np.std(latents[: 20 * batch].astype(np.float32)))}
+
+
+def make_importance(work: Path, weights: Path) -> dict[str, float]:
+    """Measure `importance` (16,) float32, of each channel of the latents."""
+    vae = checkpoints.load_vae(*finished(weights))
+    measured = importance(vae, np.array(load(work, "latents")[:MEASURED], np.float32))
+    array = _array(work, "importance", measured.shape, np.float32)
+    array[:] = measured
+    array.flush()
+    return {"least_important": float(measured.min()), "most_important": float(measured.max())}
 
 
 @torch.no_grad()
