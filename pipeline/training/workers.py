@@ -29,7 +29,7 @@ class Workers:
             return
         for bucket in self._buckets(tensors):
             flat = self.total(torch.cat([tensor.flatten() for tensor in bucket]))
-            parts = flat.split([tensor.numel() for tensor in bucket])
+            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 

@@ -73,7 +73,7 @@ class AdapterPlan:
     )
     alignment: Mapping[str, Any] = field(
         default_factory=lambda: {
-            **{"stage": 3, "steps": 280, "batch_size": 24, "lr_cross_attention": 7e-4, "lr_idformer": 1.75e-4},
+            **{"stage": 3, "steps": 240, "batch_size": 24, "lr_cross_attention": 7e-4, "lr_idformer": 1.75e-4},
             **{"align_every": 2, "semantic": 2.0, "layout": 0.5},
         }
     )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -94,10 +94,12 @@ def train(work: Path, weights: Path, plan: FluxPlan) -> dict[str, float]:
 def _prepared(model: "FluxTransformer2DModel", plan: FluxPlan) -> Predict:
     """The model's forward pass, compiled where that is wanted and the compiler that torch would call is there."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    prepared: Predict = model
     if plan.compiled and shutil.which(compiler):
-        return cast(Predict, torch.compile(model))
-    logger.info("not compiled (%s)", f"{compiler} is not there" if plan.compiled else "not asked for")
-    return model
+        prepared = torch.compile(model)
+    else:
+        logger.info("not compiled (%s)", f"{compiler} is not there" if plan.compiled else "not asked for")
+    return prepared
 
 
 def build() -> "FluxTransformer2DModel":
