@@ -1,6 +1,6 @@
 """Tensors in a file, as everybody may read it."""
 
-import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[st
     """A safetensors file, atomically."""
     from safetensors.torch import save
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may be writing the same file
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # others may be writing it too
     # not save_file, which lets nobody but the writer read
     partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
     partial.replace(path)
