@@ -248,7 +248,7 @@ def _frozen(model: Module) -> Module:
 def _tokenizer(kind: Any, folder: Path, vocabularies: tuple[str, ...]) -> Any:
     # Without a vocabulary transformers builds a tokenizer that knows no words, and says nothing.
     if not any((folder / name).is_file() for name in vocabularies):
-        raise WeightsMissing(f"{folder} has no {' or '.join(vocabularies)}; run `pulid weights fetch`.")
+        raise WeightsMissing(f"{folder} has no {' or '.join(vocabularies)}; `pulid weights verify` says what to do.")
     with _naming(folder):
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
     # text.py pads and cuts by itself; a setting saved in tokenizer.json must not do it first.
@@ -265,7 +265,7 @@ def _transformers_folder(kind: Any, folder: Path, settings: Settings) -> Any:
             )
         except OSError as error:
             raise WeightsMissing(
-                f"{folder} holds no model in safetensors that can be read; run `pulid weights fetch`."
+                f"{folder} holds no model in safetensors that can be read; `pulid weights verify` says what to do."
             ) from error
         if report["missing_keys"]:
             some = ", ".join(sorted(report["missing_keys"])[:3])
