@@ -57,7 +57,7 @@ evaluate: setup  ## likeness, adherence and colours over 60 people that nothing 
 sheet: setup  ## the pictures of the README: docs/images/sheet.png, mixed.png, together.png, tradeoff.png
 	$(ALL_CORES) $(BIN)/python -m cluster.sheet docs/images
 
-miniature: setup  ## the miniature's weights from nothing (up to 3 hours on 2 cores; goes on where it was stopped)
+miniature: setup  ## the miniature's weights from nothing (about 3 hours on 2 cores; goes on where it was stopped)
 	$(BIN)/python -m cluster.miniature build
 
 ablation: setup  ## the paper's ablation on what `make miniature` left: flow loss, + ID loss, + alignment
