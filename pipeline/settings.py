@@ -65,6 +65,46 @@ class LimitSettings(Group):
     retry_after_seconds: int = Field(5, ge=1, description="the Retry-After of a 429")
 
 
+class CacheSettings(Group):
+    """What replicas remember of inputs they have seen; biometric data never outlives its seconds."""
+
+    identity_bytes: int = Field(64_000_000, ge=0, description="faces and identities in one replica; 0: none are kept")
+    tenant_bytes: int = Field(16_000_000, ge=0, description="of these, the most that one tenant's may take")
+    identity_seconds: float = Field(3600.0, gt=0, description="after which a face or an identity is forgotten")
+    prompt_bytes: int = Field(256_000_000, ge=0, description="encoded prompts in one replica; 0: none are kept")
+    prompt_seconds: float = Field(86400.0, gt=0, description="after which an encoded prompt is forgotten")
+
+
+class EngineSettings(Group):
+    """How one FluxDenoiser serves many pictures at once."""
+
+    max_jobs: int = Field(16, ge=1, description="pictures in one replica, waiting ones included")
+    max_rows: int = Field(8, ge=1, description="pictures in one forward pass; 1: each to the last bit as if alone")
+    sizes: tuple[str, ...] = Field(
+        ("896x1152", "1024x1024", "512x512"), description="whose seconds per step are measured at start-up"
+    )
+    folded_bytes: int = Field(1_000_000_000, ge=0, description="folded identities kept on the device")
+    modulation: Literal["auto", "live", "table", "host"] = Field(
+        "auto", description="computed in each step, or once per picture, with its weights on the device or the host"
+    )
+    preview_steps: int = Field(4, ge=0, description="a preview after every so many steps; 0: none")
+    step_seconds: float = Field(60.0, gt=0, description="a step that takes longer hangs, and its replica is replaced")
+
+
+class AccelerationSettings(Group):
+    """How FLUX runs on its GPUs."""
+
+    compile: Literal["off", "regional", "whole"] = Field("off", description="torch.compile: each block, or all of FLUX")
+    attention: str = Field("native", pattern=r"^[a-z0-9_]+$", description="diffusers' name of an attention backend")
+    fp8: bool = Field(False, description="row-wise float8 in the blocks' linear layers, through torchao")
+    step_cache: float = Field(0.0, ge=0, lt=1, description="threshold of the first-block cache; 0: every step is whole")
+    context_parallel: int = Field(1, ge=1, le=8, description="GPUs that share the tokens of one picture")
+    vae_channels_last: bool = Field(False, description="the autoencoder's convolutions in channels_last")
+    memory: Literal["resident", "lean", "cast", "gguf", "nf4"] = Field(
+        "resident", description="what stays on the card; docs/settings.md has the table"
+    )
+
+
 class Settings(Group):
     """Everything that can be set."""
 
@@ -83,6 +123,9 @@ class Settings(Group):
     store: StoreSettings = StoreSettings()
     photos: PhotoSettings = PhotoSettings()
     limits: LimitSettings = LimitSettings()
+    cache: CacheSettings = CacheSettings()
+    engine: EngineSettings = EngineSettings()
+    acceleration: AccelerationSettings = AccelerationSettings()
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **overrides: Any) -> Self:
