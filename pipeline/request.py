@@ -142,6 +142,10 @@ class Request(Record):
     num_outputs: int = Field(1, ge=1, le=4, description="pictures; picture n is drawn with seed + n")
     output_format: Literal["png", "jpg", "webp"] = "png"
     output_quality: int = Field(80, ge=1, le=100, description="for jpg and webp")
+    priority: int = Field(0, ge=-10, le=10, description="pictures of a higher one are drawn first")
+    deadline_seconds: float | None = Field(
+        None, gt=0, description="after which the answer is deadline_exceeded; null: the service's own limit"
+    )
 
     @field_validator("people", mode="before")
     @classmethod

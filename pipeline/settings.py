@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -80,8 +80,8 @@ class EngineSettings(Group):
 
     max_jobs: int = Field(16, ge=1, description="pictures in one replica, waiting ones included")
     max_rows: int = Field(8, ge=1, description="pictures in one forward pass; 1: each to the last bit as if alone")
-    sizes: tuple[str, ...] = Field(
-        ("896x1152", "1024x1024", "512x512"), description="whose seconds per step are measured at start-up"
+    sizes: tuple[Annotated[str, Field(pattern=r"^\d+x\d+$")], ...] = Field(
+        (), description="WIDTHxHEIGHT whose seconds per step are measured at start-up; empty: the usual ones"
     )
     folded_bytes: int = Field(1_000_000_000, ge=0, description="folded identities kept on the device")
     modulation: Literal["auto", "live", "table", "host"] = Field(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pipeline.denoise import Picture
 from pipeline.errors import StoreCorrupt, StoreError, StoreMisconfigured, StoreUnavailable
+from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.settings import StoreSettings
 from pipeline.stored import (

@@ -24,7 +24,6 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from pipeline.denoise import Picture
 from pipeline.errors import (
     ImageNotFound,
     PipelineError,
@@ -33,6 +32,7 @@ from pipeline.errors import (
     StoreMisconfigured,
     StoreUnavailable,
 )
+from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.s3 import s3_client
 from pipeline.settings import StoreSettings

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from pipeline.denoise import MEDIA_TYPES, Picture
 from pipeline.errors import ImageNotFound, StoreConflict, StoreCorrupt
+from pipeline.picture import MEDIA_TYPES, Picture
 from pipeline.request import Person, Request
 
 RECORD = "record.json"

@@ -9,6 +9,7 @@ from pipeline.faces import Face, FaceBox, Faces
 from pipeline.identity import Identity
 from pipeline.models.flux import IdentityFlux
 from pipeline.models.pulid import PulidCrossAttention
+from pipeline.settings import Settings
 from pipeline.text import Text
 from pipeline.trace import Trace
 from tests.parity.rule import fill
@@ -53,9 +54,9 @@ def vae(levels: int = 4) -> AutoencoderKL:
     return fill(model, "vae.").eval().requires_grad_(False)
 
 
-def denoiser(guidance_embeds: bool = True, levels: int = 4) -> FluxDenoiser:
+def denoiser(guidance_embeds: bool = True, levels: int = 4, settings: Settings | None = None) -> FluxDenoiser:
     flux = IdentityFlux(transformer(guidance_embeds), cross_attentions())
-    return FluxDenoiser(flux, vae(levels), uncond(), {"flux": "00"})
+    return FluxDenoiser(flux, vae(levels), uncond(), {"flux": "00"}, settings=settings)
 
 
 def uncond() -> torch.Tensor:

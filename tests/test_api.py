@@ -101,7 +101,7 @@ def test_a_picture_and_all_that_belongs_to_it(send, post):
     assert [image["seed"] for image in answer["images"]] == [5, 6]
     assert answer["images"][1]["url"] == f"/v1/images/{answer['id']}/1"
     assert answer["faces"] == [[{"photo": 0, "box": [1.0, 2.0, 30.0, 40.0], "score": 0.75}]]
-    assert answer["timings"].keys() == {"faces", "identity", "text", "denoise", "store", "total"}
+    assert answer["timings"].keys() == {"faces", "identity", "text", "queue", "denoise", "store", "total"}
     pixels = send("GET", answer["images"][0]["url"])
     assert pixels.content.startswith(b"\x89PNG")
     assert pixels.headers["content-type"] == "image/png"

@@ -23,8 +23,8 @@ from PIL import Image
 
 from cluster.jobs import batch, rows, steps
 from pipeline import flow
-from pipeline.denoise import Picture
 from pipeline.errors import NoFace, SettingsInvalid
+from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.settings import Settings
 from pipeline.store import open_store

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.denoise import FluxDenoiser, pixels_per_token
+from pipeline.denoise import FluxDenoiser
+from pipeline.drawing import Work
 from pipeline.errors import Cancelled, MaskUnreadable, PictureInvalid
 from pipeline.models.flux import IdentityFlux, IdentityRows
+from pipeline.painter import pixels_per_token
 from pipeline.request import Request
 from tests import small
 
@@ -35,7 +37,7 @@ def test_a_picture_says_how_it_came_about(denoiser):
     assert Image.open(io.BytesIO(picture.data)).size == (256, 256)
     assert (picture.width, picture.height, picture.seed, picture.steps) == (256, 256, 6, 3)
     assert picture.faces[0][0].score == 0.9
-    assert set(picture.trace.seconds) == {"faces", "identity", "text", "denoise"}
+    assert set(picture.trace.seconds) == {"faces", "identity", "text", "queue", "denoise"}
     assert picture.trace.models == {"flux": "00", "t5": "11", "pulid": "22"}
 
 
@@ -121,7 +123,8 @@ def test_a_size_between_two_tokens_is_the_middle_of_the_next_larger_picture():
 def test_a_mask_is_a_part_of_the_picture_that_comes_out(right):
     """At a size between two tokens too: a quarter of the mask covers a quarter of the pixels that are not cut off."""
     person = request([{"mask": {"box": [0, 0, right, 1]}}], width=304, height=272)
-    mask = small.denoiser(levels=5)._presence(person, 0, small.identity(1)).positive.mask
+    drawing = small.denoiser(levels=5).painter.begin(Work(person, 0, small.text(1), None, (small.identity(1),)))
+    mask = drawing.generation.people[0].mask
     pixels = np.kron(mask.reshape(9, 10), np.ones((32, 32)))[8:-8, 8:-8]  # as large as the picture
     assert pixels.mean() == pytest.approx(right)
     assert (pixels[:, :56] == 1).all()  # the tokens that lie in the quarter
@@ -132,7 +135,7 @@ def test_numbers_that_are_no_picture_are_an_error():
     """NaN in a weight ends in picture_invalid, not in a black file."""
     broken = small.denoiser()
     with torch.no_grad():
-        broken._flux.transformer.proj_out.weight[0, 0] = torch.nan
+        broken.painter._flux.transformer.proj_out.weight[0, 0] = torch.nan
     with pytest.raises(PictureInvalid, match="not finite"):
         draw(broken, request())
 
@@ -141,8 +144,8 @@ def test_a_black_picture_is_an_error():
     """A decoder that gives only black ends in picture_invalid."""
     broken = small.denoiser()
     with torch.no_grad():
-        broken._vae.decoder.conv_out.weight.zero_()
-        broken._vae.decoder.conv_out.bias.fill_(-2)
+        broken.painter._vae.decoder.conv_out.weight.zero_()
+        broken.painter._vae.decoder.conv_out.bias.fill_(-2)
     with pytest.raises(PictureInvalid, match="black"):
         draw(broken, request())
 
@@ -228,5 +231,5 @@ def test_a_whole_request_is_the_official_algorithm(denoiser):
 
 def test_flux_schnell_is_not_shifted():
     """Without shift the times are even, and the picture another."""
-    plain = FluxDenoiser(small.denoiser()._flux, small.vae(), small.uncond(), {}, shift=False)
+    plain = FluxDenoiser(small.denoiser().painter._flux, small.vae(), small.uncond(), {}, shift=False)
     assert draw(plain, request(num_steps=4)) != draw(small.denoiser(), request(num_steps=4))

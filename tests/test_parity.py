@@ -9,7 +9,9 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.denoise import FluxDenoiser, Generation, Presence
+from pipeline.curves import Shape
+from pipeline.denoise import FluxDenoiser
+from pipeline.drawing import Conditioning, Drawing, Generation, Presence
 from pipeline.identity import id_cond
 from pipeline.models import sampling
 from pipeline.models.eva_clip import EvaClip, face_features
@@ -116,25 +118,29 @@ class SmallFlux:
         return self.model.predict(latents, times, guidances, text, pooled, sampling.image_ids(6, 6), people)
 
     def loop(self, start_step=None, id_weight=1.0, true_cfg=1.0, cfg_step=8) -> Tensor:
-        """Eight steps of FluxDenoiser's own loop, from the vectors' noise."""
+        """Eight steps as the engine's painter makes them, identities folded, from the vectors' noise."""
         denoiser = FluxDenoiser(self.model, small.vae(), self.uncond_id, {})
         weight = torch.full((1, 1, 1), id_weight)
-        presence = Presence(start_step or 0, 8, IdentityRows(self.id, weight), IdentityRows(self.uncond_id, weight))
+        identities = self.model.prepare(self.id), self.model.prepare(self.uncond_id)
+        presence = Presence(start_step or 0, 8, *identities, weight)
+        positive, negative = (
+            Conditioning(text, pooled.expand(8, -1)) for text, pooled in (self.positive, self.negative)
+        )
         generation = Generation(
+            shape=Shape(6, 6, 7),
             times=sampling.schedule(8, 36),
             guidance=torch.tensor([4.0]),
             ids=sampling.image_ids(6, 6),
-            positive=self.positive,
-            negative=None if true_cfg == 1.0 else self.negative,
+            positive=positive,
+            negative=None if true_cfg == 1.0 else negative,
             true_cfg=true_cfg,
             cfg_step=cfg_step,
             people=() if start_step is None else (presence,),
         )
-        latents = self.start
-        with torch.no_grad():
-            for index in range(8):
-                latents = denoiser._step(generation, index, latents)
-        return latents
+        drawing = Drawing(None, generation, self.start, None, 0.0)
+        for _ in range(8):
+            denoiser.painter.advance([drawing])
+        return drawing.latents
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from pipeline.denoise import Picture
 from pipeline.errors import ImageNotFound, StoreConflict, StoreCorrupt, StoreMisconfigured, StoreUnavailable
 from pipeline.faces import FaceBox
+from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.settings import StoreSettings
 from pipeline.store import LocalStore, open_store

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline.denoise import Picture
+from pipeline.picture import Picture
 from pipeline.errors import PipelineError
 from pipeline.faces import Faces
 from pipeline.identity import Identity

@@ -115,7 +115,7 @@ def read_prompts(file: Path = PAPER_PROMPTS) -> list[str]:
 
 def png(rgb: NDArray[np.uint8]) -> bytes:
     """Pixels (H, W, 3) as a PNG file."""
-    from pipeline.denoise import encode
+    from pipeline.picture import encode
 
     return encode(rgb, "png", 100)
 

@@ -1,0 +1,271 @@
+"""The engine's laws, on a painter whose steps cost what a curve says on a clock of its own."""
+
+import gc
+import random
+import weakref
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipeline.curves import Curves, Shape
+from pipeline.engine import Done, Engine, Failed, Previewed, Queued, Stepped
+from pipeline.errors import Cancelled, DeadlineExceeded, Overloaded
+
+GAINING, FLAT = Shape(8, 8, 32), Shape(64, 64, 128)
+SECONDS = {GAINING: {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0}, FLAT: {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}}
+
+
+@dataclass(eq=False)
+class Work:
+    name: str
+    steps: int
+    shape: Shape = FLAT
+    fails_at: int | None = None
+    bad_start: bool = False
+
+
+@dataclass(eq=False)
+class Drawing:
+    work: Work
+    step: int = 0
+
+
+@dataclass
+class Painter:
+    """Counts, and lets its clock run."""
+
+    now: float = 0.0
+    passes_run: list = field(default_factory=list)
+
+    def shape(self, work):
+        return work.shape
+
+    def steps(self, work):
+        return work.steps
+
+    def passes(self, work, done):
+        return work.steps - done
+
+    def begin(self, work):
+        if work.bad_start:
+            raise ValueError("a mask that is no picture")
+        return Drawing(work)
+
+    def advance(self, drawings):
+        assert len({drawing.work.shape for drawing in drawings}) == 1
+        if any(drawing.work.fails_at == drawing.step for drawing in drawings):
+            raise RuntimeError("out of memory")
+        self.now += CURVES.seconds(drawings[0].work.shape, len(drawings))
+        self.passes_run.append([drawing.work.name for drawing in drawings])
+        for drawing in drawings:
+            drawing.step += 1
+
+    def preview(self, drawing):
+        return f"{drawing.work.name} after {drawing.step}"
+
+    def finish(self, drawing):
+        if drawing.work.name == "black":
+            raise ValueError("black all over")
+        return f"{drawing.work.name} after {drawing.step}"
+
+
+CURVES = Curves()
+CURVES.measure(lambda shape, rows: SECONDS[shape][rows], SECONDS, 8)
+
+
+class Bench:
+    """An engine, its painter, and what each picture was told, by its name."""
+
+    def __init__(self, **limits):
+        self.painter = Painter()
+        self.engine = Engine(self.painter, CURVES, clock=lambda: self.painter.now, **limits)
+        self.events, self.tickets, self.ended = {}, {}, {}
+
+    def submit(self, work, **options):
+        told = self.events.setdefault(work.name, [])
+
+        def listen(event):
+            told.append(event)
+            if isinstance(event, Done | Failed):
+                self.ended[work.name] = self.painter.now
+
+        self.tickets[work.name] = self.engine.submit(work, listen, **options)
+
+    def run(self):
+        while any((self.engine.step(), self.engine.finish())):
+            pass
+        return self.ended
+
+
+@pytest.fixture
+def bench():
+    return Bench()
+
+
+def test_a_picture_is_told_from_its_start_to_its_end():
+    """Queued, every step, a preview after every second, the picture."""
+    bench = Bench(preview_steps=2)
+    bench.submit(Work("one", 4))
+    bench.run()
+    kinds = [type(event) for event in bench.events["one"]]
+    assert kinds == [Queued, Stepped, Stepped, Previewed, Stepped, Stepped, Done]
+    assert [event.done for event in bench.events["one"] if isinstance(event, Stepped)] == [1, 2, 3, 4]
+    assert bench.events["one"][3].pixels == "one after 2"
+    assert bench.events["one"][-1].picture == "one after 4"
+
+
+def test_pictures_of_a_gaining_shape_share_their_passes(bench):
+    """Two at once, and one that comes later joins at the next step."""
+    for name in ("a", "b"):
+        bench.submit(Work(name, 3, GAINING))
+    bench.engine.step()
+    bench.submit(Work("c", 3, GAINING))
+    bench.run()
+    assert bench.painter.passes_run[:2] == [["a", "b"], ["a", "b", "c"]]
+    assert all(isinstance(events[-1], Done) for events in bench.events.values())
+
+
+def test_pictures_of_a_shape_that_does_not_gain_go_one_after_another(bench):
+    """Equal ones in the order in which they came, without a change in between."""
+    for name in ("a", "b"):
+        bench.submit(Work(name, 3))
+    bench.run()
+    assert bench.painter.passes_run == [["a"]] * 3 + [["b"]] * 3
+
+
+def test_shapes_never_share_a_pass(bench):
+    """Pictures of different size or text length are never in one forward pass."""
+    bench.submit(Work("a", 3, GAINING))
+    bench.submit(Work("b", 3, FLAT))
+    bench.run()
+    assert all(len(names) == 1 for names in bench.painter.passes_run)
+
+
+def test_a_short_picture_does_not_wait_for_a_long_one(bench):
+    """4 steps that come at step 2 of 28 end after 4 more; the long one ends 4 later than alone."""
+    bench.submit(Work("long", 28))
+    bench.engine.step()
+    bench.engine.step()
+    bench.submit(Work("short", 4))
+    ended = bench.run()
+    assert ended == {"short": 6.0, "long": 32.0}
+
+
+def test_a_long_picture_ends_though_short_ones_never_stop(bench):
+    """Later ones overtake it for as long as its own work takes, and no longer."""
+    bench.submit(Work("long", 10))
+    for number in range(100):
+        bench.submit(Work(f"short {number}", 2))
+        for _ in range(2):
+            bench.engine.step()
+            bench.engine.finish()
+        if "long" in bench.ended:
+            break
+    assert bench.ended["long"] == pytest.approx(20.0, abs=2.0)
+
+
+def test_priority_goes_first_and_lower_ones_never_slow_it(bench):
+    """A higher priority takes over at the next step, and shares no pass with a lower one."""
+    bench.submit(Work("low", 3, GAINING))
+    bench.engine.step()
+    bench.submit(Work("high", 3, GAINING), priority=1)
+    bench.run()
+    assert bench.painter.passes_run == [["low"], *[["high"]] * 3, *[["low"]] * 2]
+
+
+def test_who_is_too_late_leaves_at_the_next_step(bench):
+    """A deadline ends a picture with DeadlineExceeded, while it runs and while it waits."""
+    bench.submit(Work("running", 10), seconds=2.5)
+    bench.submit(Work("waiting", 10), seconds=2.5)
+    bench.submit(Work("patient", 2))
+    bench.run()
+    assert isinstance(bench.events["running"][-1].error, DeadlineExceeded)
+    assert isinstance(bench.events["waiting"][-1].error, DeadlineExceeded)
+    assert isinstance(bench.events["patient"][-1], Done)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_who_is_cancelled_leaves_at_the_next_step(bench, steps):
+    """Before it begins or in the middle: no further step is spent on it."""
+    bench.submit(Work("one", 5, GAINING))
+    bench.submit(Work("two", 5, GAINING))
+    for _ in range(steps):
+        bench.engine.step()
+    bench.engine.cancel(bench.tickets["one"])
+    bench.run()
+    assert sum("one" in names for names in bench.painter.passes_run) == steps
+    assert isinstance(bench.events["one"][-1].error, Cancelled)
+    assert isinstance(bench.events["two"][-1], Done)
+
+
+def test_a_failing_row_fails_alone(bench):
+    """A batch that fails is tried row by row: the bad one ends with its own error, the others go on."""
+    for work in (Work("good", 3, GAINING), Work("bad", 3, GAINING, fails_at=1), Work("fine", 3, GAINING)):
+        bench.submit(work)
+    bench.run()
+    assert isinstance(bench.events["bad"][-1].error, RuntimeError)
+    assert [bench.events[name][-1].picture for name in ("good", "fine")] == ["good after 3", "fine after 3"]
+
+
+def test_a_picture_that_cannot_begin_or_end_fails_alone(bench):
+    """What a picture's own beginning or decoding raises is its own error."""
+    for work in (Work("mask", 2, GAINING, bad_start=True), Work("black", 2, GAINING), Work("good", 2, GAINING)):
+        bench.submit(work)
+    bench.run()
+    assert str(bench.events["mask"][-1].error) == "a mask that is no picture"
+    assert str(bench.events["black"][-1].error) == "black all over"
+    assert bench.events["good"][-1].picture == "good after 2"
+
+
+def test_an_engine_takes_no_more_than_it_may():
+    """Beyond max_jobs a picture is Overloaded; one that is cancelled makes room at once."""
+    bench = Bench(max_jobs=2)
+    bench.submit(Work("a", 2))
+    bench.submit(Work("b", 2))
+    with pytest.raises(Overloaded):
+        bench.submit(Work("c", 2))
+    bench.engine.cancel(bench.tickets["b"])
+    bench.submit(Work("c", 2))
+    assert set(bench.run()) == {"a", "b", "c"}
+
+
+def test_a_step_tells_how_long_it_has_been_running(bench):
+    """While one runs the health check can see since when."""
+    seen = []
+    advance = bench.painter.advance
+
+    def slow(drawings):
+        bench.painter.now += 5
+        seen.append(bench.engine.stepping_seconds())
+        advance(drawings)
+
+    bench.painter.advance = slow
+    bench.submit(Work("one", 1))
+    bench.run()
+    assert seen == [5]
+    assert bench.engine.stepping_seconds() == 0
+
+
+def test_nothing_is_left_of_what_has_ended():
+    """After a thousand pictures, a part of them cancelled or failing anywhere, the engine holds none of them."""
+    bench, draw = Bench(max_jobs=2000), random.Random(0)
+    kept = []
+    for number in range(1000):
+        fails_at = draw.choice([None, None, None, 1])
+        work = Work(str(number), draw.randint(1, 4), draw.choice([GAINING, FLAT]), fails_at)
+        kept.append(weakref.ref(work))
+        bench.submit(work)
+        del work
+        for _ in range(draw.randint(0, 3)):
+            bench.engine.step() or bench.engine.finish()
+        if draw.random() < 0.3:
+            bench.engine.cancel(bench.tickets[str(number)])
+    bench.run()
+    stats = bench.engine.stats()
+    assert (stats.waiting, stats.running, stats.drawn) == (0, 0, 0)
+    assert stats.done + stats.failed + stats.cancelled == 1000
+    assert min(stats.done, stats.failed, stats.cancelled) > 50
+    bench.tickets.clear()
+    bench.events.clear()  # errors know the frames that they passed
+    gc.collect()
+    assert not [ref for ref in kept if ref() is not None]
