@@ -182,14 +182,15 @@ def _making(service: Service, limits: LimitSettings) -> fastapi.APIRouter:
             async with asyncio.timeout(limits.request_seconds) as clock:
                 with admitted():
                     request = await read_request(http.headers, http.stream(), limits.max_body_bytes)
+                    if request.deadline_seconds is not None:
+                        ends = clock.when() or 0.0
+                        early = limits.request_seconds - request.deadline_seconds
+                        clock.reschedule(ends - max(0.0, early))
                     stored = await service.generate(request)
         except TimeoutError as error:
             if not clock.expired():
                 raise
-            seconds = f"{limits.request_seconds:g} seconds"
-            raise DeadlineExceeded(
-                f"It took longer than {seconds}; try later, or with fewer steps or pixels."
-            ) from error
+            raise DeadlineExceeded("It took longer than it may; try later, or with fewer steps or pixels.") from error
         except ClientDisconnect as error:
             raise Cancelled("The request was cancelled; its body did not arrive.") from error
         return JSONResponse(answer(stored, time.perf_counter() - started))

@@ -10,7 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from deployments import stages
+from deployments import denoiser, stages
 from deployments.ingress import Ingress
 from pipeline.denoise import FluxDenoiser
 from pipeline.faces import FaceDetector
@@ -58,7 +58,7 @@ def wire(
         "FaceDetector": deploy(stages.FaceDetector, parts.faces),
         "IdentityEncoder": deploy(stages.IdentityEncoder, parts.identity),
         "TextEncoder": deploy(stages.TextEncoder, parts.text),
-        "FluxDenoiser": deploy(stages.FluxDenoiser, parts.denoise),
+        "FluxDenoiser": deploy(denoiser.FluxDenoiser, parts.denoise),
     }
     ingress = serve.ingress()(Ingress)
     return serve.deployment(name="Ingress", **options["Ingress"])(ingress).bind(settings, handles, parts.store)
@@ -82,5 +82,6 @@ def defaults(settings: Settings) -> dict[str, dict[str, Any]]:
         # A GPU stage is busy with one call.
         "IdentityEncoder": {**shared, "max_ongoing_requests": 2},
         "TextEncoder": {**shared, "max_ongoing_requests": 2},
-        "FluxDenoiser": {**shared, "max_ongoing_requests": 1},
+        # The engine's own bound, so that none of them is refused after it was routed here.
+        "FluxDenoiser": {**shared, "max_ongoing_requests": settings.engine.max_jobs},
     }

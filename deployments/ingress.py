@@ -1,9 +1,10 @@
 """Ingress: the HTTP API over the other deployments. It holds promises, awaits once, and stores the pictures."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,18 +15,22 @@ from ray.serve.exceptions import (
     DeploymentUnavailableError,
     ReplicaUnavailableError,
 )
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from deployments.api import create_api
 from deployments.problems import unforeseen
+from pipeline.engine import Done, Event
 from pipeline.errors import ImageNotFound, Overloaded, PipelineError, WorkerUnavailable
 from pipeline.flow import Stages, chain, new_image_id
+from pipeline.picture import Picture
 from pipeline.presets import PRESETS
 from pipeline.request import Request
 from pipeline.settings import Settings
 from pipeline.store import Content, Store, Stored, open_store
 
 Handle = DeploymentHandle[Any]
+Response = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
+Progress = Callable[[int, Event], None]
 
 
 class Ingress:
@@ -37,18 +42,25 @@ class Ingress:
         """`handles` by the names of the deployments."""
         self._settings = settings
         self._handles = dict(handles)
+        self._handles["FluxDenoiser"] = self._handles["FluxDenoiser"].options(stream=True)
         self._store = open_store(settings.store) if store is None else store(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve calls for the HTTP application of a replica."""
         return create_api(self, self._settings.limits)
 
-    async def generate(self, request: Request) -> Stored:
-        """See deployments.api.Service. When it fails or is cancelled, everything that it started is stopped."""
+    async def generate(self, request: Request, progress: Progress = lambda _, __: None) -> Stored:
+        """See deployments.api.Service. When it fails or is cancelled, everything that it started is stopped.
+
+        `progress(number, event)` is told what happens to picture `number`, all but its end.
+        """
         request = request.with_seed()
-        started: list[DeploymentResponse[Any]] = []
+        started: list[Response] = []
         try:
-            pictures = await asyncio.gather(*chain(request, self._stages(started)))
+            streams = chain(request, self._stages(started))
+            pictures = await asyncio.gather(
+                *(last(stream, partial(progress, number)) for number, stream in enumerate(streams))
+            )
         except BaseException as error:
             for response in started:
                 with suppress(Exception):  # one that failed before it reached a replica raises its error here again
@@ -58,11 +70,11 @@ class Ingress:
             raise
         return await asyncio.to_thread(self._store.save, new_image_id(), request, pictures)
 
-    def _stages(self, started: list[DeploymentResponse[Any]]) -> Stages:
-        def remote(deployment: str, method: str) -> Callable[..., DeploymentResponse[Any]]:
+    def _stages(self, started: list[Response]) -> Stages:
+        def remote(deployment: str, method: str) -> Callable[..., Response]:
             handle = getattr(self._handles[deployment], method)
 
-            def call(*arguments: Any) -> DeploymentResponse[Any]:
+            def call(*arguments: Any) -> Response:
                 started.append(handle.remote(*arguments))
                 return started[-1]
 
@@ -108,6 +120,16 @@ class Ingress:
             ],
             "commercial_use": all(spec.licence.commercial for spec in preset.specs),
         }
+
+
+async def last(stream: AsyncIterator[Event], progress: Callable[[Event], None]) -> Picture:
+    """The picture with which a stream of events ends; raises WorkerUnavailable where it ends without."""
+    async for event in stream:
+        if isinstance(event, Done):
+            picture: Picture = event.picture
+            return picture
+        progress(event)
+    raise WorkerUnavailable("A worker was lost in the middle of a picture; send the request again.")
 
 
 def running_replicas() -> dict[str, int]:

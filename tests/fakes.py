@@ -13,10 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.denoise import MEDIA_TYPES, Picture, encode
-from pipeline.errors import Cancelled, InternalError, NoFace, PhotoUnreadable
+from pipeline.caches import Cache, digest
+from pipeline.curves import Curves, Shape
+from pipeline.denoise import draw
+from pipeline.drawing import Work
+from pipeline.engine import Engine
+from pipeline.errors import InternalError, NoFace, PhotoUnreadable
 from pipeline.faces import Face, FaceBox, Faces
 from pipeline.identity import Identity
+from pipeline.picture import MEDIA_TYPES, Picture, encode
 from pipeline.store import open_store
 from pipeline.stored import Content, Stored, checked_id, describe, find_picture, not_found
 from pipeline.text import Text
@@ -91,11 +96,12 @@ class Fake:
 
     def __init__(self, settings):
         self.folder = str(settings.weights_dir)
+        self.cache = Cache(0, size=lambda value: 0)
         note(self.folder, "loaded", type(self).__name__, os.getpid(), _node())
 
 
 class FakeFaces(Fake):
-    def detect(self, person, index, cancelled=None):
+    def detect(self, person, index, tenant="", cancelled=None):
         faces = []
         for number, photo in enumerate(person.photos):
             try:
@@ -111,7 +117,7 @@ class FakeFaces(Fake):
 
 
 class FakeIdentity(Fake):
-    def encode(self, faces, fusion):
+    def encode(self, faces, fusion, tenant=""):
         if not all(np.isfinite(face.embedding).all() for face in faces.faces):
             raise InternalError("The identity encoder gave numbers that are not finite; report this.")
         data = b"".join(face.embedding.tobytes() for face in faces.faces)
@@ -120,25 +126,81 @@ class FakeIdentity(Fake):
 
 
 class FakeText(Fake):
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.cache = Cache(10**8, size=lambda text: text.tokens.nbytes)
+
     def encode(self, prompt, length):
+        return self.cache.get_or_compute(("", digest(prompt, str(length))), lambda: self._read(prompt, length))
+
+    def _read(self, prompt, length):
         data = prompt.encode()
         trace = Trace({"text": 0.125}, {"text": "22"})
         return NotedText(numbers((length, 4096), data), numbers(768, data), len(prompt) > 1000, trace, self.folder)
 
 
+@dataclass(eq=False)
+class FakeDrawing:
+    """Leaves a note when it is dropped before its end, as the drawing of a cancelled picture is."""
+
+    work: Work
+    folder: str
+    step: int = 0
+
+    def __del__(self):
+        if self.step < self.work.request.num_steps or self.endless:
+            note(self.folder, "stopped", self.work.seed, self.step)
+
+    @property
+    def endless(self):
+        return self.work.request.prompt.startswith(ENDLESS)
+
+
 class FakeDenoise(Fake):
+    """A painter, and what FluxDenoiser makes of one."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.limits = settings.engine
+
+    def engine(self):
+        return Engine(self, Curves(), self.limits.max_jobs, preview_steps=self.limits.preview_steps)
+
     def denoise(self, request, number, text, negative, *identities, on_step=None, cancelled=None):
-        if request.prompt == CRASH:
-            raise ZeroDivisionError(request.prompt)
-        if not text.tokens.flags.writeable:
+        work = Work(request, number, text, negative, identities)
+        return draw(Engine(self, Curves(), max_jobs=1), work, on_step, cancelled)
+
+    def shape(self, work):
+        return Shape(1, 1, 1)
+
+    def steps(self, work):
+        return 10**9 if work.request.prompt.startswith(ENDLESS) else work.request.num_steps
+
+    def passes(self, work, done):
+        return self.steps(work) - done
+
+    def begin(self, work):
+        if work.request.prompt == CRASH:
+            raise ZeroDivisionError(work.request.prompt)
+        if not work.text.tokens.flags.writeable:
             note(self.folder, "read_only", "tokens")
-        self._loop(request, on_step, cancelled or (lambda: False))
-        seed = request.seed + number
-        data = [record.tobytes() for record in (text.pooled, *(identity.tokens for identity in identities))]
-        noise = numbers((request.height, request.width, 3), str(seed).encode(), *data)
-        trace = total(
-            [*(identity.trace for identity in identities), text.trace, Trace({"denoise": 1.0}, {"flux": "33"})]
-        )
+        return FakeDrawing(work, self.folder)
+
+    def advance(self, drawings):
+        for drawing in drawings:
+            if drawing.endless:
+                note(self.folder, "step", drawing.work.seed, drawing.step)
+                threading.Event().wait(0.02)  # what a step of a picture takes
+            drawing.step += 1
+
+    def preview(self, drawing):
+        return np.zeros((2, 2, 3), np.uint8)
+
+    def finish(self, drawing):
+        work, request = drawing.work, drawing.work.request
+        data = [record.tobytes() for record in (work.text.pooled, *(identity.tokens for identity in work.identities))]
+        noise = numbers((request.height, request.width, 3), str(work.seed).encode(), *data)
+        traces = [*(identity.trace for identity in work.identities), work.text.trace]
         return Picture(
             data=encode(
                 np.clip(128 + 40 * noise, 1, 255).astype(np.uint8), request.output_format, request.output_quality
@@ -146,25 +208,12 @@ class FakeDenoise(Fake):
             media_type=MEDIA_TYPES[request.output_format],
             width=request.width,
             height=request.height,
-            seed=seed,
+            seed=work.seed,
             steps=request.num_steps,
-            prompt_truncated=text.truncated,
-            faces=tuple(identity.boxes for identity in identities),
-            trace=trace,
+            prompt_truncated=work.text.truncated,
+            faces=tuple(identity.boxes for identity in work.identities),
+            trace=total([*traces, Trace({"queue": 0.5, "denoise": 1.0}, {"flux": "33"})]),
         )
-
-    def _loop(self, request, on_step, cancelled):
-        endless, step = request.prompt.startswith(ENDLESS), 0
-        while endless or step < request.num_steps:
-            if cancelled():
-                note(self.folder, "stopped", request.seed, step)
-                raise Cancelled("The request was cancelled; its picture was not finished.")
-            if endless:
-                note(self.folder, "step", request.seed, step)
-                threading.Event().wait(0.02)  # what a step of a picture takes
-            step += 1
-            if on_step is not None:
-                on_step(step, request.num_steps)
 
 
 class MemoryStore:

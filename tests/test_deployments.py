@@ -13,11 +13,14 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import GPU_SHARES, AppArgs, Parts, build, defaults, wire
+from deployments.denoiser import FluxDenoiser
 from deployments.ingress import told
-from deployments.stages import HANGING, FaceDetector, FluxDenoiser, IdentityEncoder, Replica, TextEncoder
+from deployments.stages import HANGING, FaceDetector, IdentityEncoder, Replica, TextEncoder
 from pipeline import errors, flow
+from pipeline.caches import Cache
+from pipeline.engine import Done, Stepped
 from pipeline.request import Request
-from pipeline.settings import LimitSettings, Settings
+from pipeline.settings import EngineSettings, LimitSettings, Settings
 from tests.fakes import (
     A_FACE,
     CRASH,
@@ -121,7 +124,9 @@ def test_a_slow_photo_holds_up_nobody(settings):
     reading, stopped = threading.Event(), threading.Event()
 
     class Slow:
-        def detect(self, person, index, cancelled):
+        cache = Cache(0, size=lambda value: 0)
+
+        def detect(self, person, index, tenant, cancelled):
             if index == 0:
                 return FakeFaces(settings).detect(person, index)
             reading.set()
@@ -189,45 +194,154 @@ def test_a_call_that_hangs_makes_its_replica_unhealthy(settings):
     run(go())
 
 
-def test_cancelling_stops_the_loop_and_only_then_frees_the_replica(settings):
-    """A cancelled denoise ends within a step, and the next one starts after that; a second cancel changes nothing."""
+async def drawn(replica, wanted, seen=None):
+    """The picture of a request, whose other events go to `seen`."""
+    prompt = await TextEncoder(Settings(weights_dir=replica.folder), FakeText).encode("p", 128)
+    async for event in replica.denoise(wanted, 0, prompt, None):
+        if isinstance(event, Done):
+            return event.picture
+        if seen is not None:
+            seen.append(event)
+    raise AssertionError("the stream ended without a picture")
+
+
+@pytest.fixture
+def replica(settings):
+    """A FluxDenoiser as Serve makes one."""
+    made = FluxDenoiser(settings.model_copy(update={"engine": EngineSettings(preview_steps=2)}), FakeDenoise)
+    made.folder = settings.weights_dir
+    return made
+
+
+def test_progress_is_streamed(replica):
+    """A picture's events come in their order: queued, every step, previews between, the picture."""
+    seen = []
+    picture = run(drawn(replica, request(people=[], num_steps=4), seen))
+    assert picture.steps == 4
+    assert [type(event).__name__ for event in seen] == ["Queued", "Stepped", "Stepped", "Previewed"] + ["Stepped"] * 2
+    assert [event.done for event in seen if isinstance(event, Stepped)] == [1, 2, 3, 4]
+
+
+def test_cancelling_frees_the_row_and_a_picture_behind_it_goes_on(replica):
+    """A cancelled denoise leaves within a step, while others go on; nothing of it is left."""
 
     async def go():
-        text = await TextEncoder(settings, FakeText).encode("p", 128)
-        replica = FluxDenoiser(settings, FakeDenoise)
-        task = asyncio.ensure_future(replica.denoise(request(ENDLESS), 0, text, None))
-        while not notes(settings.weights_dir, "step"):
+        endless = asyncio.ensure_future(drawn(replica, request(ENDLESS, people=[])))
+        while not notes(replica.folder, "step"):
             await asyncio.sleep(0)
-        waiting = asyncio.ensure_future(replica.denoise(request(people=[]), 0, text, None))
-        task.cancel()
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        (stopped,) = notes(settings.weights_dir, "stopped-7")
-        steps = {int(note.split("-")[1]) for note in notes(settings.weights_dir, "step")}
+        behind = asyncio.ensure_future(drawn(replica, request(people=[], seed=8)))
+        endless.cancel()
+        await asyncio.wait([endless])
+        picture = await behind
+        (stopped,) = notes(replica.folder, "stopped-7")
+        steps = {int(note.split("-")[1]) for note in notes(replica.folder, "step")}
         assert int(stopped) == max(steps) + 1
-        return await waiting
+        return picture
 
     assert run(go()).steps == 28
+    stats = replica._engine.stats()
+    assert (stats.waiting, stats.running, stats.drawn) == (0, 0, 0)
+    assert (stats.done, stats.cancelled) == (1, 1)
 
 
-def test_a_cancelled_request_in_the_queue_never_starts(settings):
+def test_a_cancelled_request_in_the_queue_never_starts(replica):
     """Who goes away before the turn costs nothing."""
 
     async def go():
-        text = await TextEncoder(settings, FakeText).encode("p", 128)
-        replica = FluxDenoiser(settings, FakeDenoise)
-        first = asyncio.ensure_future(replica.denoise(request(ENDLESS, seed=1), 0, text, None))
-        second = asyncio.ensure_future(replica.denoise(request(ENDLESS, seed=2), 0, text, None))
-        while not notes(settings.weights_dir, "step"):
+        first = asyncio.ensure_future(drawn(replica, request(ENDLESS, seed=1)))
+        while not notes(replica.folder, "step"):
+            await asyncio.sleep(0)
+        second = asyncio.ensure_future(drawn(replica, request(ENDLESS, seed=2)))
+        while not replica._engine.stats().waiting:
             await asyncio.sleep(0)
         second.cancel()
         first.cancel()
         await asyncio.wait([first, second])
 
     run(go())
-    assert {note.split("-")[0] for note in notes(settings.weights_dir, "step")} == {"1"}
+    assert {note.split("-")[0] for note in notes(replica.folder, "step")} == {"1"}
+
+
+def test_a_short_picture_overtakes_a_long_one(replica):
+    """One denoiser takes several pictures at once, and the short one need not wait for the long one's end."""
+
+    async def go():
+        endless = asyncio.ensure_future(drawn(replica, request(ENDLESS)))
+        while not notes(replica.folder, "step"):
+            await asyncio.sleep(0)
+        picture = await drawn(replica, request(people=[], num_steps=1))
+        endless.cancel()
+        await asyncio.wait([endless])
+        return picture
+
+    assert run(go()).steps == 1
+
+
+def test_a_request_beyond_its_deadline_fails(replica):
+    """deadline_seconds ends a picture that takes longer."""
+    with pytest.raises(errors.DeadlineExceeded):
+        run(drawn(replica, request(ENDLESS, deadline_seconds=0.05)))
+
+
+def test_a_full_engine_refuses(settings):
+    """Beyond engine.max_jobs a picture is Overloaded at once."""
+    full = FluxDenoiser(settings.model_copy(update={"engine": EngineSettings(max_jobs=1)}), FakeDenoise)
+    full.folder = settings.weights_dir
+
+    async def go():
+        endless = asyncio.ensure_future(drawn(full, request(ENDLESS)))
+        while not notes(full.folder, "step"):
+            await asyncio.sleep(0)
+        with pytest.raises(errors.Overloaded):
+            await drawn(full, request())
+        endless.cancel()
+        await asyncio.wait([endless])
+        return await drawn(full, request(people=[]))  # there is room as soon as the other has been cancelled
+
+    assert run(go())
+
+
+def test_a_step_that_hangs_makes_its_replica_unhealthy(settings):
+    """The health check sees a step that runs for longer than engine.step_seconds, and the end of it."""
+    begun, release = threading.Event(), threading.Event()
+
+    class Hanging(FakeDenoise):
+        def advance(self, drawings):
+            begun.set()
+            release.wait()
+            super().advance(drawings)
+
+    engine = EngineSettings(step_seconds=0.001)
+    replica = FluxDenoiser(settings.model_copy(update={"engine": engine}), Hanging)
+    replica.folder = settings.weights_dir
+
+    async def go():
+        replica.check_health()
+        picture = asyncio.ensure_future(drawn(replica, request(people=[], num_steps=1)))
+        await asyncio.to_thread(begun.wait)
+        while replica._engine.stepping_seconds() <= 0.001:
+            await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="a step takes longer"):
+            replica.check_health()
+        release.set()
+        await picture
+        replica.check_health()
+
+    run(go())
+
+
+def test_a_denoiser_that_only_fails_is_replaced(replica):
+    """Three pictures in a row that fail through no caller's fault make a denoiser unhealthy."""
+
+    async def go():
+        for _ in range(3):
+            replica.check_health()
+            with pytest.raises(errors.InternalError):
+                await drawn(replica, request(CRASH))
+        with pytest.raises(RuntimeError, match="in a row"):
+            replica.check_health()
+
+    run(go())
 
 
 def test_a_stage_runs_outside_the_event_loop(settings):
@@ -235,6 +349,8 @@ def test_a_stage_runs_outside_the_event_loop(settings):
     seen = []
 
     class Looking:
+        cache = Cache(0, size=lambda value: 0)
+
         def __init__(self, settings):
             pass
 
