@@ -98,11 +98,12 @@ def describe(image_id: str, request: Request, pictures: Sequence[Picture], secon
     """The record of an image, as JSON values: everything needed to make it again, but the photos.
 
     seconds: what storing took until now. In `timings` the stages before denoise count once, as they ran once for all
-    pictures of the request; denoise is the sum over the pictures.
+    pictures of the request; queue and denoise are sums over the pictures.
     """
     first = pictures[0].trace  # every picture of a request has the same faces, identity and text
     timings = dict(first.seconds)
-    timings["denoise"] = sum(picture.trace.seconds.get("denoise", 0.0) for picture in pictures)
+    for stage in ("queue", "denoise"):
+        timings[stage] = sum(picture.trace.seconds.get(stage, 0.0) for picture in pictures)
     timings["store"] = seconds
     return {
         "version": RECORD_VERSION,

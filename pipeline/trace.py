@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Seconds per stage (request, faces, identity, text, denoise, store) and sha256 per model file."""
+    """Seconds per stage (request, faces, identity, text, queue, denoise, store) and sha256 per model file."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
