@@ -7,13 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deployments.metrics import CacheCounters
 from deployments.problems import unforeseen
-from pipeline import denoise, faces, identity, text
+from pipeline import faces, identity, text
+from pipeline.caches import Cache
 from pipeline.errors import Fault, PipelineError
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
-    from pipeline.request import Person, Request
+    from pipeline.request import Person
 
 R = TypeVar("R")
 FAILURES = 3  # of ours in a row, after which a replica is replaced: after a CUDA error no call works any more
@@ -55,16 +57,20 @@ class Replica:
                     stop.set()
                 await _ended(work)
                 raise
-            except PipelineError as error:
-                self._failures = self._failures + 1 if isinstance(error, Fault) else 0
-                raise
-            except Exception as error:  # logged, and told by an id: its own words may quote a prompt
-                self._failures += 1
-                raise unforeseen(error, type(self).__name__) from None
+            except Exception as error:
+                raise self._failed(error) from None
             finally:
                 del self._running[work]
             self._failures = 0
             return result
+
+    def _failed(self, error: Exception) -> PipelineError:
+        """What to tell of a failed call; faults of ours count against this replica's health."""
+        if isinstance(error, PipelineError):
+            self._failures = self._failures + 1 if isinstance(error, Fault) else 0
+            return error
+        self._failures += 1
+        return unforeseen(error, type(self).__name__)  # logged, and told by an id: its own words may quote a prompt
 
 
 async def _ended(work: "asyncio.Future[Any]") -> None:
@@ -77,59 +83,59 @@ async def _ended(work: "asyncio.Future[Any]") -> None:
         work.exception()  # looked at, or asyncio would complain that nobody did
 
 
-class FaceDetector(Replica):
+class CachedReplica(Replica):
+    """A replica whose stage has a cache, which it counts and keeps free of what has expired."""
+
+    def __init__(self, settings: Settings, name: str, cache: Cache[Any], turns: int = 1) -> None:
+        """`name` of the cache, in the metrics; `turns` as in Replica."""
+        super().__init__(settings, turns)
+        self._cache = cache
+        self._counters = CacheCounters(name, cache)
+
+    def check_health(self) -> None:
+        """See Replica. Serve asks every few seconds, so that no face outlives its time where no call comes."""
+        self._cache.purge()
+        super().check_health()
+
+    async def _run(self, call: Callable[..., R], *args: Any, stop: threading.Event | None = None) -> R:
+        try:
+            return await super()._run(call, *args, stop=stop)
+        finally:
+            self._counters.tell()
+
+
+class FaceDetector(CachedReplica):
     """pipeline.faces.FaceDetector as a deployment."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = faces.FaceDetector.load) -> None:
-        super().__init__(settings, FACES_AT_ONCE)
         self._stage: faces.FaceDetector = load(settings)
+        super().__init__(settings, "faces", self._stage.cache, FACES_AT_ONCE)
 
-    async def detect(self, person: "Person", index: int) -> faces.Faces:
-        """The faces of people[index]."""
+    async def detect(self, person: "Person", index: int, tenant: str = "") -> faces.Faces:
+        """The faces of people[index]; `tenant`: whose faces may be used again."""
         stop = threading.Event()
-        return await self._run(partial(self._stage.detect, person, index, cancelled=stop.is_set), stop=stop)
+        return await self._run(partial(self._stage.detect, person, index, tenant, cancelled=stop.is_set), stop=stop)
 
 
-class IdentityEncoder(Replica):
+class IdentityEncoder(CachedReplica):
     """pipeline.identity.IdentityEncoder as a deployment."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = identity.IdentityEncoder.load) -> None:
-        super().__init__(settings)
         self._stage: identity.IdentityEncoder = load(settings)
+        super().__init__(settings, "identity", self._stage.cache)
 
-    async def encode(self, found: faces.Faces, fusion: str) -> identity.Identity:
-        """The identity of one person."""
-        return await self._run(self._stage.encode, found, fusion)
+    async def encode(self, found: faces.Faces, fusion: str, tenant: str = "") -> identity.Identity:
+        """The identity of one person; `tenant`: whose identities may be used again."""
+        return await self._run(self._stage.encode, found, fusion, tenant)
 
 
-class TextEncoder(Replica):
+class TextEncoder(CachedReplica):
     """pipeline.text.TextEncoder as a deployment."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = text.TextEncoder.load) -> None:
-        super().__init__(settings)
         self._stage: text.TextEncoder = load(settings)
+        super().__init__(settings, "text", self._stage.cache)
 
     async def encode(self, prompt: str, length: int) -> text.Text:
         """A prompt for FLUX."""
         return await self._run(self._stage.encode, prompt, length)
-
-
-class FluxDenoiser(Replica):
-    """pipeline.denoise.FluxDenoiser as a deployment; a cancelled request frees it within one step."""
-
-    def __init__(self, settings: Settings, load: Callable[[Settings], Any] = denoise.FluxDenoiser.load) -> None:
-        super().__init__(settings)
-        self._stage: denoise.FluxDenoiser = load(settings)
-
-    async def denoise(
-        self,
-        request: "Request",
-        number: int,
-        prompt: text.Text,
-        negative: text.Text | None,
-        *identities: identity.Identity,
-    ) -> denoise.Picture:
-        """Picture `number` of a request."""
-        stop = threading.Event()
-        call = partial(self._stage.denoise, request, number, prompt, negative, *identities, cancelled=stop.is_set)
-        return await self._run(call, stop=stop)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Stages:
     """The stages as callables. A result (or the promise of one) goes into the next call as it is.
 
-    faces(person, index) -> Faces; identity(Faces, fusion) -> Identity; text(prompt, length) -> Text;
+    faces(person, index, tenant) -> Faces; identity(Faces, fusion, tenant) -> Identity; text(prompt, length) -> Text;
     denoise(request, number, text, negative_text, *identities) -> Picture.
     """
 
@@ -52,13 +52,17 @@ def new_image_id() -> str:
     return uuid.uuid4().hex
 
 
-def chain(request: Request, stages: Stages) -> list[Any]:
-    """Start every stage of a request; returns its pictures, or the promises of them, in order."""
+def chain(request: Request, stages: Stages, tenant: str = "") -> list[Any]:
+    """Start every stage of a request; returns its pictures, or the promises of them, in order.
+
+    tenant: whose faces and identities may be used again.
+    """
     for index, person in enumerate(request.people):
         if person.identity is not None:
             raise IdentityNotFound(f"people[{index}].identity: nothing is stored under this id; send photos instead")
     identities = [
-        stages.identity(stages.faces(person, index), person.fusion) for index, person in enumerate(request.people)
+        stages.identity(stages.faces(person, index, tenant), person.fusion, tenant)
+        for index, person in enumerate(request.people)
     ]
     text = stages.text(request.prompt, request.max_sequence_length)
     negative = stages.text(request.negative_prompt, request.max_sequence_length) if request.uses_true_cfg else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.caches import Cache, digest, people_cache, read_only, revision
 from pipeline.errors import InternalError
 from pipeline.faces import FaceBox, Faces
 from pipeline.settings import Settings
@@ -33,12 +34,21 @@ class Identity:
 
 
 class IdentityEncoder:
-    """Turns faces into identity tokens."""
+    """Turns faces into identity tokens; `cache` keeps the tokens (32 * k, 2048)."""
 
-    def __init__(self, eva_clip: "EvaClip", idformer: "IDFormer", models: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        eva_clip: "EvaClip",
+        idformer: "IDFormer",
+        models: Mapping[str, str],
+        cache: Cache[NDArray[np.float32]] | None = None,
+    ) -> None:
+        """Without a cache nothing is kept."""
         self._eva_clip = eva_clip
         self._idformer = idformer
         self._models = dict(models)
+        self._revision = revision(models)
+        self.cache = Cache(0, _bytes) if cache is None else cache
 
     @classmethod
     def load(cls, settings: Settings) -> Self:
@@ -47,24 +57,33 @@ class IdentityEncoder:
 
         files = checkpoints.files(settings)
         eva_clip, idformer = checkpoints.load_eva_clip(files, settings), checkpoints.load_idformer(files, settings)
-        return cls(eva_clip, idformer, files.hashes("eva_clip", "pulid"))
+        return cls(eva_clip, idformer, files.hashes("eva_clip", "pulid"), people_cache(settings.cache, _bytes))
 
-    def encode(self, faces: Faces, fusion: str = "mean") -> Identity:
+    def encode(self, faces: Faces, fusion: str = "mean", tenant: str = "") -> Identity:
         """The identity of one person; `fusion` is mean (tokens averaged) or concat (tokens side by side).
+
+        Of faces that the tenant has sent before the networks see nothing.
 
         People never share a pass through the networks: in one batch with others the last bits of the tokens, and so the
         pixels of the picture, would depend on who else is being served. Raises InternalError where the numbers are not
         finite.
         """
         started = time.perf_counter()
-        tokens = self._tokens(
-            np.stack([face.embedding for face in faces.faces]), np.stack([face.features for face in faces.faces])
-        )  # (photos, 32, 2048)
+        embeddings = np.stack([face.embedding for face in faces.faces])  # (photos, 512)
+        features = np.stack([face.features for face in faces.faces])  # (photos, 336, 336)
+        key = (tenant, digest(self._revision, fusion, embeddings, features))
+        tokens = self.cache.get_or_compute(key, lambda: self._fused(embeddings, features, fusion))
+        trace = faces.trace + Trace({"identity": time.perf_counter() - started}, self._models)
+        return Identity(tokens, tuple(face.box for face in faces.faces), trace)
+
+    def _fused(
+        self, embeddings: NDArray[np.float32], features: NDArray[np.float32], fusion: str
+    ) -> NDArray[np.float32]:
+        tokens = self._tokens(embeddings, features)  # (photos, 32, 2048)
         fused = tokens.mean(axis=0) if fusion == "mean" else tokens.reshape(-1, tokens.shape[-1])
         if not np.isfinite(fused).all():
             raise InternalError("The identity encoder gave numbers that are not finite; set PULID_DTYPE to bfloat16.")
-        trace = faces.trace + Trace({"identity": time.perf_counter() - started}, self._models)
-        return Identity(np.ascontiguousarray(fused), tuple(face.box for face in faces.faces), trace)
+        return read_only(fused)
 
     def _tokens(self, embeddings: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
         import torch
@@ -78,6 +97,10 @@ class IdentityEncoder:
             pooled, hidden = self._eva_clip(images)
             tokens: NDArray[np.float32] = self._idformer(id_cond(arcface, pooled), hidden).float().cpu().numpy()
         return tokens
+
+
+def _bytes(tokens: NDArray[np.float32]) -> int:
+    return tokens.nbytes
 
 
 def id_cond(arcface: "Tensor", pooled: "Tensor") -> "Tensor":

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.caches import Cache, digest, prompt_cache, read_only, revision
 from pipeline.errors import InternalError
 from pipeline.settings import Settings
 from pipeline.trace import Trace
@@ -34,17 +35,21 @@ class Text:
 
 
 class TextEncoder:
-    """Reads prompts with T5 and CLIP; several threads may call it at once."""
+    """Reads prompts with T5 and CLIP; several threads may call it at once. `cache` keeps the texts."""
 
     def __init__(
         self,
         t5: "tuple[T5Tokenizer, T5EncoderModel]",
         clip: "tuple[CLIPTokenizer, CLIPTextModel]",
         models: Mapping[str, str],
+        cache: Cache[Text] | None = None,
     ) -> None:
+        """Without a cache nothing is kept."""
         self._t5_tokenizer, self._t5 = t5
         self._clip_tokenizer, self._clip = clip
         self._models = dict(models)
+        self._revision = revision(models)
+        self.cache = Cache(0, _bytes) if cache is None else cache
 
     @classmethod
     def load(cls, settings: Settings) -> Self:
@@ -53,18 +58,25 @@ class TextEncoder:
 
         files = checkpoints.files(settings)
         t5, clip = checkpoints.load_t5(files, settings), checkpoints.load_clip(files, settings)
-        return cls(t5, clip, files.hashes("t5", "clip"))
+        return cls(t5, clip, files.hashes("t5", "clip"), prompt_cache(settings.cache, _bytes))
 
     def encode(self, prompt: str, length: int) -> Text:
         """A prompt as FLUX reads it: T5's last hidden state over `length` tokens, CLIP's pooled output over 77.
 
         Padding is not masked, as in the official code, so `length` is part of what the picture depends on. Raises
-        InternalError where the numbers are not finite, before a whole generation is spent on them.
+        InternalError where the numbers are not finite, before a whole generation is spent on them. Of a prompt that was
+        read before, at this length, the networks see nothing.
         """
+        started = time.perf_counter()
+        length = min(length, self._t5_tokenizer.model_max_length)
+        key = ("", digest(self._revision, prompt, str(length)))
+        text = self.cache.get_or_compute(key, lambda: self._read(prompt, length))
+        return replace(text, trace=Trace({"text": time.perf_counter() - started}, self._models))
+
+    def _read(self, prompt: str, length: int) -> Text:
         import torch
 
-        started = time.perf_counter()
-        ids, truncated = pieces(self._t5_tokenizer, prompt, min(length, self._t5_tokenizer.model_max_length))
+        ids, truncated = pieces(self._t5_tokenizer, prompt, length)
         words, _ = pieces(self._clip_tokenizer, prompt, CLIP_LENGTH)
         with torch.inference_mode():
             tokens = self._t5(torch.tensor([ids], device=self._t5.device)).last_hidden_state[0]  # (L, 4096)
@@ -72,11 +84,15 @@ class TextEncoder:
         if not (torch.isfinite(tokens).all() and torch.isfinite(pooled).all()):
             raise InternalError("The text encoder gave numbers that are not finite; set PULID_DTYPE to bfloat16.")
         return Text(
-            tokens=tokens.float().cpu().numpy(),
-            pooled=pooled.float().cpu().numpy(),
+            tokens=read_only(tokens.float().cpu().numpy()),
+            pooled=read_only(pooled.float().cpu().numpy()),
             truncated=truncated,
-            trace=Trace({"text": time.perf_counter() - started}, self._models),
+            trace=Trace(),
         )
+
+
+def _bytes(text: Text) -> int:
+    return text.tokens.nbytes + text.pooled.nbytes
 
 
 def pieces(tokenizer: Any, prompt: str, length: int) -> tuple[list[int], bool]:

@@ -170,6 +170,9 @@ class FakeDenoise(Fake):
         work = Work(request, number, text, negative, identities)
         return draw(Engine(self, Curves(), max_jobs=1), work, on_step, cancelled)
 
+    def purge(self):
+        """It keeps nothing."""
+
     def shape(self, work):
         return Shape(1, 1, 1)
 

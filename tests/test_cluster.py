@@ -10,13 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 import yaml
 from ray import serve
 
 from deployments.app import Parts, wire
 from pipeline import flow
 from pipeline.request import Request
-from pipeline.settings import LimitSettings, Settings, StoreSettings
+from pipeline.settings import EngineSettings, LimitSettings, Settings, StoreSettings
 from tests.fakes import (
     A_FACE,
     CRASH,
@@ -57,6 +58,7 @@ def settings(tmp_path_factory):
         weights_dir=folder,
         store=StoreSettings(url=f"file://{folder}/pictures"),
         limits=LimitSettings(max_body_bytes=2_000_000, request_seconds=8, retry_after_seconds=7),
+        engine=EngineSettings(max_jobs=3),
     )
 
 
@@ -165,6 +167,21 @@ def test_a_bug_in_a_stage_leaks_nothing(client):
     assert not any(b"my secret" in path.read_bytes() for path in logs)
 
 
+def test_what_the_caches_do_is_found_among_rays_metrics(client, settings):
+    """A prompt that was read before is a hit of the text cache, at the address that Prometheus reads."""
+    for _ in range(2):
+        assert client.post("/v1/images", json=body("twice")).status_code == 200
+    addresses = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
+
+    def told(kind):
+        lines = "".join(httpx.get(address, trust_env=False).text for address in addresses).splitlines()
+        names = (f"ray_pulid_cache_{kind}_total{{", 'cache="text"', 'deployment="TextEncoder"', 'application="pulid"')
+        return [float(line.split()[-1]) for line in lines if all(name in line for name in names)]
+
+    asyncio.run(until(lambda: told("hits") and told("misses")))
+    assert min(*told("hits"), *told("misses")) >= 1
+
+
 def test_a_large_body_is_refused_over_a_real_connection(client):
     """A chunked body beyond the limit gets its 413."""
     chunks = (b" " * 100_000 for _ in range(50))
@@ -215,13 +232,13 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(url, client, settings
                 break
         for request in waiting:
             request.cancel()
-        await until(lambda: len(notes(settings.weights_dir, "stopped")) >= 3)
+        await until(lambda: notes(settings.weights_dir, "stopped", "20"))
         return refused, len(waiting)
 
     refused, waiting = asyncio.run(go())
     assert_problem(refused, 429, "overloaded")
     assert refused.headers["retry-after"] == "7"
-    assert waiting >= 3  # one at work, two in the queue
+    assert waiting >= 4  # three in the engine, and at least one in the queue
     assert client.post("/v1/images", json=body()).status_code == 200
 
 

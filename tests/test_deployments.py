@@ -18,7 +18,7 @@ from deployments.ingress import told
 from deployments.stages import HANGING, FaceDetector, IdentityEncoder, Replica, TextEncoder
 from pipeline import errors, flow
 from pipeline.caches import Cache
-from pipeline.engine import Done, Stepped
+from pipeline.events import Done, Stepped
 from pipeline.request import Request
 from pipeline.settings import EngineSettings, LimitSettings, Settings
 from tests.fakes import (

@@ -10,25 +10,25 @@ class Recorder:
 
     def __init__(self):
         self.stages = flow.Stages(
-            faces=lambda person, index: ("faces", index),
-            identity=lambda faces, fusion: ("identity", faces, fusion),
+            faces=lambda person, index, tenant: ("faces", index, tenant),
+            identity=lambda faces, fusion, tenant: ("identity", faces, fusion, tenant),
             text=lambda prompt, length: ("text", prompt, length),
             denoise=lambda request, number, *records: (request, number, *records),
         )
 
 
-def run(**fields):
-    return flow.chain(Request.model_validate({"prompt": "p", "seed": 1, **fields}), Recorder().stages)
+def run(tenant="", **fields):
+    return flow.chain(Request.model_validate({"prompt": "p", "seed": 1, **fields}), Recorder().stages, tenant)
 
 
 def test_each_stage_gets_what_the_one_before_it_made():
-    """The denoiser is handed the texts and one identity per person, in order."""
+    """The denoiser is handed the texts and one identity per person, in order; a person's stages know whose it is."""
     people = [{"photos": ["AAAA"]}, {"photos": ["AAAA"], "fusion": "concat"}]
-    ((_, number, text, negative, *identities),) = run(people=people, max_sequence_length=256)
+    ((_, number, text, negative, *identities),) = run("t", people=people, max_sequence_length=256)
     assert number == 0
     assert text == ("text", "p", 256)
     assert negative is None
-    assert identities == [("identity", ("faces", 0), "mean"), ("identity", ("faces", 1), "concat")]
+    assert identities == [("identity", ("faces", 0, "t"), "mean", "t"), ("identity", ("faces", 1, "t"), "concat", "t")]
 
 
 def test_true_cfg_asks_for_the_negative_prompt():

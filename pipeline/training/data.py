@@ -121,10 +121,10 @@ class ExampleEncoder:
         text = self._text.encode(subject.row.prompt, self._length)
         example = {
             "latents": (latents[0].cpu() - config.shift_factor) * config.scaling_factor,
-            "text": torch.from_numpy(text.tokens).to(torch.bfloat16),
-            "pooled": torch.from_numpy(text.pooled),
-            "embedding": torch.from_numpy(subject.face.embedding),
-            "features": torch.from_numpy(subject.face.features).half(),  # values of 8 bits near 0..1
+            "text": torch.tensor(text.tokens).to(torch.bfloat16),
+            "pooled": torch.tensor(text.pooled),
+            "embedding": torch.tensor(subject.face.embedding),
+            "features": torch.tensor(subject.face.features).half(),  # values of 8 bits near 0..1
         }
         edge = example["latents"].shape[-1] // 2
         example["token_weights"] = 1 + _covered(subject.box, subject.pixels.shape[0], edge).flatten()
@@ -137,8 +137,8 @@ class ExampleEncoder:
     def prompts(self, texts: Sequence[str]) -> Prompts:
         """Prompts as FLUX reads them."""
         read = [self._text.encode(text, self._length) for text in texts]
-        tokens = torch.stack([torch.from_numpy(text.tokens) for text in read]).to(torch.bfloat16)
-        return Prompts(tokens, torch.stack([torch.from_numpy(text.pooled) for text in read]))
+        tokens = torch.stack([torch.tensor(text.tokens) for text in read]).to(torch.bfloat16)
+        return Prompts(tokens, torch.stack([torch.tensor(text.pooled) for text in read]))
 
 
 def _covered(box: NDArray[np.float32], size: int, cells: int) -> Tensor:
