@@ -9,7 +9,8 @@ from deployments.metrics import EngineGauges
 from deployments.stages import Replica
 from pipeline import denoise
 from pipeline.drawing import Work
-from pipeline.engine import Done, Engine, Event, Failed
+from pipeline.engine import Engine
+from pipeline.events import Done, Event, Failed
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,14 +27,19 @@ class FluxDenoiser(Replica):
 
     def __init__(self, settings: Settings, load: Callable[[Settings], Any] = denoise.FluxDenoiser.load) -> None:
         super().__init__(settings)
-        self._engine: Engine = load(settings).engine()
+        self._stage: denoise.FluxDenoiser = load(settings)
+        self._engine: Engine = self._stage.engine()
         self._gauges = EngineGauges(self._engine)
         self._seconds, self._step_seconds = settings.limits.request_seconds, settings.engine.step_seconds
         self._submitted, self._drawn = asyncio.Event(), asyncio.Event()
         self._drivers: list[asyncio.Task[None]] = []
 
     def check_health(self) -> None:
-        """Asked by Serve; a step that hangs, or an engine that no longer runs, makes this replica unhealthy."""
+        """Asked by Serve; a step that hangs, or an engine that no longer runs, makes this replica unhealthy.
+
+        Serve asks every few seconds, so that no folded identity outlives its time where no picture is asked for.
+        """
+        self._stage.purge()
         super().check_health()
         if self._engine.stepping_seconds() > self._step_seconds:
             raise RuntimeError(f"FluxDenoiser: a step takes longer than {self._step_seconds:g} seconds")

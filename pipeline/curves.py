@@ -33,6 +33,11 @@ class Curves:
     def __init__(self) -> None:
         self._seconds: dict[Shape, dict[int, float]] = {}
 
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured, so that its seconds are seconds."""
+        return bool(self._seconds)
+
     def measure(self, seconds: Callable[[Shape, int], float], shapes: Iterable[Shape], max_rows: int) -> None:
         """Fill the curves; `seconds` runs one step of so many rows and tells how long it took."""
         for shape in shapes:
@@ -72,6 +77,10 @@ class Curves:
             if self.seconds(shape, rows) / alone < (rows + 1) / 2:
                 allowed.append(rows)
         return min(allowed, key=lambda rows: self._mean_end(shape, jobs, rows))
+
+    def gain(self, shape: Shape, max_rows: int) -> float:
+        """How many times as fast a row of a shared pass is at best as one alone."""
+        return max(rows * self.seconds(shape, 1) / self.seconds(shape, rows) for rows in range(1, max_rows + 1))
 
     def width(self, shape: Shape, rows: int) -> int:
         """In passes of how many rows `rows` rows, all of which are needed, are done soonest."""

@@ -10,6 +10,7 @@ and `cancel` may be called while `step` and `finish` run, each in a thread of it
 
 import itertools
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from pipeline.curves import Curves, Shape
 from pipeline.errors import Cancelled, DeadlineExceeded, Overloaded
+from pipeline.events import Done, Event, Failed, Previewed, Queued, Stepped
 
 
 class Painter(Protocol):
@@ -43,45 +45,6 @@ class Painter(Protocol):
 
     def finish(self, drawing: Any) -> Any:
         """The finished picture; raises PictureInvalid where the numbers are none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """Accepted; so many pictures were here before."""
-
-    ahead: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """Step `done` of `total` is over."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Previewed:
-    """What the picture will be, roughly: (h, w, 3) uint8, a pixel for each latent."""
-
-    pixels: Any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Done:
-    """The end: the finished picture."""
-
-    picture: Any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Failed:
-    """The end: why there is no picture."""
-
-    error: Exception
-
-
-Event = Queued | Stepped | Previewed | Done | Failed
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +100,7 @@ class Engine:
         self._tickets: list[Ticket] = []  # only `step` touches it
         self._drawn: deque[Ticket] = deque()
         self._stepping: float | None = None
+        self._ending = threading.Lock()  # `step` and `finish` both end pictures
         self._steps = self._rows = self._done = self._failed = self._cancelled = 0
 
     def submit(
@@ -150,12 +114,15 @@ class Engine:
 
         Pictures of a higher `priority` go first. After `seconds` it fails with DeadlineExceeded.
         """
-        if sum(not ticket.cancelled for ticket in list(self._open.values())) >= self._max_jobs:
-            raise Overloaded("The denoiser has all the work it can take; try again after the time in Retry-After.")
         now = self._clock()
         shape, steps = self._painter.shape(work), self._painter.steps(work)
         ticket = Ticket(next(self._numbers), work, shape, steps, priority, now, now + seconds, listener)
-        listener(Queued(len(self._open)))
+        others = [other for other in list(self._open.values()) if not other.cancelled]
+        if len(others) >= self._max_jobs:
+            raise Overloaded("The denoiser has all the work it can take; try again after the time in Retry-After.")
+        if now + self._earliest(ticket, others) > ticket.expires:
+            raise Overloaded("The denoiser cannot finish the picture in its time; try later, or give it more time.")
+        listener(Queued(len(others)))
         self._open[ticket.number] = ticket
         self._incoming.append(ticket)
         return ticket
@@ -168,7 +135,7 @@ class Engine:
         """One step of the pictures whose turn it is; False where none is left to draw."""
         while self._incoming:
             self._tickets.append(self._incoming.popleft())
-        self._tickets = [ticket for ticket in self._tickets if not self._left(ticket)]
+        self._tickets = [ticket for ticket in self._tickets if not self._gone(ticket)]
         batch = self._choose()
         if not batch:
             return False
@@ -187,7 +154,7 @@ class Engine:
         if not self._drawn:
             return False
         ticket = self._drawn.popleft()
-        if self._left(ticket):
+        if self._gone(ticket):
             return True
         try:
             picture = self._painter.finish(ticket.drawing)
@@ -211,6 +178,14 @@ class Engine:
         counts = self._steps, self._rows, self._done, self._failed, self._cancelled
         return EngineStats(waiting, running, drawn, *counts)
 
+    def _earliest(self, ticket: Ticket, others: Sequence[Ticket]) -> float:
+        """Seconds until a picture ends at best: what goes first, in passes shared as well as can be, and its own steps."""
+        if not self._curves.known:
+            return 0.0
+        first = [other for other in others if self._rank(other) < self._rank(ticket)]
+        shared = sum(self._left(other) / self._curves.gain(other.shape, self._max_rows) for other in first)
+        return shared + self._left(ticket)
+
     def _choose(self) -> list[Ticket]:
         """The pictures that go on: the first in rank, and of its shape as many as end sooner together."""
         if not self._tickets:
@@ -225,10 +200,13 @@ class Engine:
 
         Nobody is overtaken by later ones for longer than its own work takes, so that long jobs end too.
         """
-        second = self._curves.seconds(ticket.shape, 1)
-        patient = ticket.overtaken < second * self._painter.passes(ticket.work, 0)
-        left = second * self._painter.passes(ticket.work, ticket.done)
-        return -ticket.priority, *((1, left) if patient else (0, 0.0)), ticket.number
+        patient = ticket.overtaken < self._left(ticket, done=0)
+        return -ticket.priority, *((1, self._left(ticket)) if patient else (0, 0.0)), ticket.number
+
+    def _left(self, ticket: Ticket, done: int | None = None) -> float:
+        """Seconds of a picture's own steps, alone, from `done` on; from where it is."""
+        passes = self._painter.passes(ticket.work, ticket.done if done is None else done)
+        return passes * self._curves.seconds(ticket.shape, 1)
 
     def _advance(self, batch: list[Ticket]) -> list[Ticket]:
         """Step a batch; where that fails, each row by itself, so that only the failing one ends."""
@@ -272,10 +250,9 @@ class Engine:
         elif self._preview_steps and ticket.done % self._preview_steps == 0:
             ticket.listener(Previewed(self._painter.preview(ticket.drawing)))
 
-    def _left(self, ticket: Ticket) -> bool:
+    def _gone(self, ticket: Ticket) -> bool:
         """Whether a picture goes without being finished, as it was cancelled or is too late."""
         if ticket.cancelled:
-            self._cancelled += 1
             self._end(ticket, Failed(Cancelled("The request was cancelled; its picture was not finished.")))
         elif self._clock() >= ticket.expires:
             late = "The picture was not finished in its time; try later, or with fewer steps or pixels."
@@ -287,8 +264,11 @@ class Engine:
     def _end(self, ticket: Ticket, event: Done | Failed) -> None:
         ticket.drawing = None  # at once: a ticket may be kept, its tensors must not be
         del self._open[ticket.number]
-        if isinstance(event, Done):
-            self._done += 1
-        elif not ticket.cancelled:
-            self._failed += 1
+        with self._ending:
+            if isinstance(event, Done):
+                self._done += 1
+            elif isinstance(event.error, Cancelled):
+                self._cancelled += 1
+            else:
+                self._failed += 1
         ticket.listener(event)

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -141,7 +141,7 @@ class FluxPainter:
     def finish(self, drawing: Drawing) -> Picture:
         """Decode and encode. Raises PictureInvalid where the numbers are no picture."""
         work, request = drawing.work, drawing.work.request
-        with self._beside_steps():
+        with nullcontext() if self._beside is None else torch.cuda.stream(self._beside):
             pixels = self._decode(drawing)
         data = encode(pixels, request.output_format, request.output_quality)
         now = time.perf_counter()
@@ -179,7 +179,10 @@ class FluxPainter:
         )
         self._wait()
         started = time.perf_counter()
-        self._flux.predict(*inputs)
+        try:
+            self._flux.predict(*inputs)
+        except torch.OutOfMemoryError:
+            return math.inf  # so many rows never share a pass
         self._wait()
         return time.perf_counter() - started
 
@@ -261,14 +264,6 @@ class FluxPainter:
         """For the GPU: a step is over when its numbers are there, so that a cancelled row is not computed ahead."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-
-    @contextmanager
-    def _beside_steps(self) -> Iterator[None]:
-        if self._beside is None:
-            yield
-            return
-        with torch.cuda.stream(self._beside):
-            yield
 
     def _decode(self, drawing: Drawing) -> NDArray[np.uint8]:
         request, shape, latents = drawing.work.request, drawing.generation.shape, drawing.latents

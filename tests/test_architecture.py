@@ -13,13 +13,27 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # A module in pipeline/ imports only from those above it.
 ORDER = [
     *("errors", "settings", "trace", "request", "network", "s3", "fetch", "photos", "presets", "download", "manifest"),
-    *("weights", "tensors", "models", "miniature", "checkpoints", "faces", "identity", "text", "denoise"),
+    *(
+        "weights",
+        "tensors",
+        "caches",
+        "reading",
+        "models",
+        "miniature",
+        "quantised",
+        "checkpoints",
+        "faces",
+        "picture",
+        "identity",
+        "text",
+    ),
+    *("curves", "events", "engine", "drawing", "painter", "acceleration", "context_parallel", "memory", "denoise"),
     *("training", "stored", "store_s3", "store", "flow", "evaluation"),
 ]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "open_clip", "timm", "insightface", "onnxruntime"}
 HEAVY |= {"facexlib", "safetensors", "skimage"}
 MAY_COMPUTE = ("checkpoints", "faces", "identity", "text", "denoise", "models", "miniature", "training", "evaluation")
-MAY_COMPUTE += ("tensors",)
+MAY_COMPUTE += ("tensors", "painter", "quantised", "acceleration", "context_parallel", "memory")
 
 
 def name(path: Path) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipeline.curves import Curves, Shape
-from pipeline.engine import Done, Engine, Failed, Previewed, Queued, Stepped
+from pipeline.engine import Engine
 from pipeline.errors import Cancelled, DeadlineExceeded, Overloaded
+from pipeline.events import Done, Failed, Previewed, Queued, Stepped
 
 GAINING, FLAT = Shape(8, 8, 32), Shape(64, 64, 128)
 SECONDS = {GAINING: {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0}, FLAT: {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}}
@@ -175,13 +176,26 @@ def test_priority_goes_first_and_lower_ones_never_slow_it(bench):
 
 def test_who_is_too_late_leaves_at_the_next_step(bench):
     """A deadline ends a picture with DeadlineExceeded, while it runs and while it waits."""
-    bench.submit(Work("running", 10), seconds=2.5)
-    bench.submit(Work("waiting", 10), seconds=2.5)
-    bench.submit(Work("patient", 2))
+    bench.submit(Work("running", 3), seconds=4)
+    bench.submit(Work("waiting", 3), seconds=7)
+    bench.submit(Work("patient", 3))
+    bench.engine.step()
+    bench.painter.now += 5  # a step that was slower than any before
     bench.run()
     assert isinstance(bench.events["running"][-1].error, DeadlineExceeded)
     assert isinstance(bench.events["waiting"][-1].error, DeadlineExceeded)
     assert isinstance(bench.events["patient"][-1], Done)
+
+
+def test_what_cannot_be_in_time_is_refused_at_once(bench):
+    """A deadline that what goes first and the own steps leave no room for is Overloaded, not accepted in vain."""
+    bench.submit(Work("first", 10))
+    with pytest.raises(Overloaded, match="in its time"):
+        bench.submit(Work("late", 10), seconds=19)
+    bench.submit(Work("in time", 10), seconds=20.5)
+    bench.submit(Work("short", 4), seconds=4.5)  # it goes before both
+    assert bench.run().keys() == {"first", "in time", "short"}
+    assert isinstance(bench.events["short"][-1], Done)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
