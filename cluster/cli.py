@@ -165,6 +165,15 @@ def demo(
         print(path)
 
 
+@app.command()
+def memory() -> None:
+    """What each memory mode of FLUX.1-dev (PULID_ACCELERATION__MEMORY) keeps on a card; needs no GPU."""
+    from pipeline.memory import modes, table
+
+    for line in table(modes()):
+        print(line)
+
+
 def _until_signal() -> None:
     stop = threading.Event()
 

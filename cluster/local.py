@@ -6,20 +6,28 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
 
 from pipeline.errors import SettingsInvalid
 from pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from deployments.app import Parts
 
 APPLICATION = "pulid"
 
 
 @contextmanager
-def running(settings: Settings, host: str, port: int) -> Iterator[str]:
-    """The application, as an address to send requests to; in the end all of it is stopped."""
+def running(settings: Settings, host: str, port: int, parts: "Callable[[], Parts] | None" = None) -> Iterator[str]:
+    """The application, as an address to send requests to; in the end all of it is stopped.
+
+    `parts` makes other stages than the preset's, for benchmarks; it is called once Ray may be imported.
+    """
     # A token of its own, so that no other user of this machine can drive the cluster; set before Ray reads it.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token(), RAY_USAGE_STATS_ENABLED="0")
     import ray
     from ray import serve
 
@@ -35,11 +43,17 @@ def running(settings: Settings, host: str, port: int) -> Iterator[str]:
             name: {"ray_actor_options": {"num_cpus": 0.2, "num_gpus": share}} for name, share in GPU_SHARES.items()
         }
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-        serve.run(wire(settings, overrides=shares if gpu else None), name=APPLICATION)
+        serve.run(wire(settings, parts and parts(), shares if gpu else None), name=APPLICATION)
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def _token() -> str:
+    """One for the whole process, as Ray reads it only once."""
+    return secrets.token_hex(32)
 
 
 def _start_ray(folder: str) -> None:

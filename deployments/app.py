@@ -10,9 +10,8 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from deployments import denoiser, stages
+from deployments import denoiser, parallel, stages
 from deployments.ingress import Ingress
-from pipeline.denoise import FluxDenoiser
 from pipeline.faces import FaceDetector
 from pipeline.identity import IdentityEncoder
 from pipeline.settings import Settings
@@ -35,7 +34,7 @@ class Parts:
     faces: Callable[[Settings], Any] = FaceDetector.load
     identity: Callable[[Settings], Any] = IdentityEncoder.load
     text: Callable[[Settings], Any] = TextEncoder.load
-    denoise: Callable[[Settings], Any] = FluxDenoiser.load
+    denoise: Callable[[Settings], Any] = parallel.load
     store: Callable[[Settings], Store] | None = None
 
 
@@ -50,6 +49,9 @@ def wire(
     """The application from given parts; `overrides` are Serve options by deployment, as in serve_config.yaml."""
     parts = parts or Parts()
     options = {name: {**values, **(overrides or {}).get(name, {})} for name, values in defaults(settings).items()}
+
+    denoiser_options = options["FluxDenoiser"]
+    options["FluxDenoiser"] = {**parallel.bundles(settings, denoiser_options["ray_actor_options"]), **denoiser_options}
 
     def deploy(kind: type[stages.Replica], load: Callable[[Settings], Any]) -> Application:
         return serve.deployment(name=kind.__name__, **options[kind.__name__])(kind).bind(settings, load)

@@ -19,8 +19,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from deployments.api import create_api
 from deployments.problems import unforeseen
-from pipeline.engine import Done, Event
 from pipeline.errors import ImageNotFound, Overloaded, PipelineError, WorkerUnavailable
+from pipeline.events import Done, Event
 from pipeline.flow import Stages, chain, new_image_id
 from pipeline.picture import Picture
 from pipeline.presets import PRESETS

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pipeline import weights
+from pipeline import quantised, weights
 from pipeline.errors import SettingsInvalid, WeightsCorrupt, WeightsMissing
 from pipeline.models import single_file
 from pipeline.models.single_file import State
@@ -67,22 +67,35 @@ def dtype(settings: Settings) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
 
 
-def load_flux(files: WeightFiles, settings: Settings) -> "FluxTransformer2DModel":
-    """FLUX's transformer from a diffusers folder, from `flux1-*.safetensors`, or from ComfyUI's float8 single file.
+def on_host(settings: Settings) -> Settings:
+    """The settings with which to read what a small card cannot hold as it is: into host memory, in the same dtype."""
+    if settings.acceleration.memory == "resident":
+        return settings
+    return settings.model_copy(update={"device": "cpu", "dtype": str(dtype(settings)).removeprefix("torch.")})
 
-    Raises WeightsMissing, WeightsCorrupt.
+
+def load_flux(files: WeightFiles, settings: Settings) -> "FluxTransformer2DModel":
+    """FLUX's transformer from a diffusers folder, `flux1-*.safetensors`, ComfyUI's float8 single file or a GGUF file.
+
+    In the form that `acceleration` sets. Raises WeightsMissing, WeightsCorrupt, SettingsInvalid.
     """
     from diffusers import FluxTransformer2DModel
 
+    quantised.check(settings, device(settings))
+    reading = on_host(settings)
     path = _existing(files.path("flux"))
     with _naming(path):
-        if path.is_dir():
-            config, state = _diffusers_folder(path, "transformer", FluxTransformer2DModel, settings)
+        if quantised.is_gguf(path):
+            model = _frozen(quantised.load_gguf(path, dtype(settings)))
+        elif path.is_dir():
+            config, state = _diffusers_folder(path, "transformer", FluxTransformer2DModel, reading)
+            model = _assign(lambda: FluxTransformer2DModel.from_config(config), state, reading)
         else:
-            config, state = single_file.flux(_read([path], settings, single_file.FLUX_PREFIXES), dtype(settings))
-        model = _assign(lambda: FluxTransformer2DModel.from_config(config), state, settings)
+            config, state = single_file.flux(_read([path], reading, single_file.FLUX_PREFIXES), dtype(settings))
+            model = _assign(lambda: FluxTransformer2DModel.from_config(config), state, reading)
         if model.config.in_channels != model.out_channels:
             raise WeightsCorrupt("it is a FLUX model for filling or control, where a text-to-image one is needed")
+    quantised.place(model, device(settings), settings)
     return model
 
 
@@ -227,15 +240,7 @@ def _assign(build: Callable[[], Module], state: State, settings: Settings) -> Mo
     with torch.device("meta"):
         model = build()
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    wrong = {
-        "missing": wanted.keys() - state.keys(),
-        "unknown": state.keys() - wanted.keys(),
-        "of another shape": {key for key in wanted.keys() & state.keys() if wanted[key] != state[key].shape},
-    }
-    for problem, keys in wrong.items():
-        if keys:
-            some = ", ".join(sorted(keys)[:3])
-            raise WeightsCorrupt(f"{len(keys)} of its {len(state)} tensors are {problem}: {some}")
+    single_file.compare(wanted, {key: tensor.shape for key, tensor in state.items()})
     single_file.dequantise(state, dtype(settings))
     model.load_state_dict(state, assign=True)
     return _frozen(model)

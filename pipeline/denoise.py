@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.caches import Cache
 from pipeline.curves import Curves
 from pipeline.drawing import Work
-from pipeline.engine import Done, Engine, Event, Failed, Stepped
+from pipeline.engine import Engine
 from pipeline.errors import WeightsCorrupt
+from pipeline.events import Done, Event, Failed, Stepped
 from pipeline.identity import Identity
 from pipeline.picture import Picture
 from pipeline.request import Request
@@ -46,42 +47,34 @@ class FluxDenoiser:
         self._settings = settings.engine
         self._sizes = settings.engine.sizes or (MINIATURE_SIZES if settings.preset == "miniature" else SIZES)
         self._curves = Curves()
-        folded: Cache[PreparedIdentity] = Cache(
+        self._folded: Cache[PreparedIdentity] = Cache(
             settings.engine.folded_bytes, lambda identity: identity.nbytes, settings.cache.identity_seconds
         )
         self.painter = FluxPainter(
-            *(flux, vae, uncond, models, folded, self._curves),
+            *(flux, vae, uncond, models, self._folded, self._curves),
             shift=shift,
             max_rows=settings.engine.max_rows,
             step_cache=settings.acceleration.step_cache,
         )
 
     @classmethod
-    def load(cls, settings: Settings) -> Self:
-        """Read the networks from the preset's files; raises WeightsError."""
+    def load(cls, settings: Settings, around: "Callable[[IdentityFlux], IdentityFlux]" = lambda flux: flux) -> Self:
+        """Read the networks from the preset's files; raises WeightsError, SettingsInvalid.
+
+        `around` may put another FLUX in the place of the loaded one: that of several GPUs.
+        """
         import torch
 
-        from pipeline import checkpoints
-        from pipeline.models.flux import IdentityFlux
+        from pipeline import acceleration, checkpoints
         from pipeline.weights import PRESETS
 
         files, sizes = checkpoints.files(settings), checkpoints.sizes(settings)
         with torch.inference_mode():
             uncond = checkpoints.load_idformer(files, settings).unconditional(sizes.face_tokens)
-        preset, transformer = PRESETS[settings.preset], checkpoints.load_flux(files, settings)
-        if bool(transformer.config.guidance_embeds) != preset.guidance:
-            raise WeightsCorrupt(
-                f"{files.path('flux')} is not the FLUX of the preset {preset.name}: only dev models have a guidance "
-                "embedding, schnell has none; set PULID_PRESET to the preset that fits the file."
-            )
-        attentions = checkpoints.load_cross_attentions(files, settings)
-        intervals = sizes.double_interval, sizes.single_interval
-        try:
-            flux = IdentityFlux(transformer, attentions, *intervals, modulation(settings, uncond.device))
-        except ValueError as error:
-            raise WeightsCorrupt(f"{files.path('flux')} is no FLUX.1 that PuLID fits: {error}.") from error
-        vae = checkpoints.load_vae(files, settings)
-        return cls(flux, vae, uncond, files.hashes("flux", "vae", "pulid"), preset.shift, settings)
+        flux, vae = load_flux(settings), checkpoints.load_vae(files, settings)
+        acceleration.apply(flux, vae, settings)
+        models, shift = files.hashes("flux", "vae", "pulid"), PRESETS[settings.preset].shift
+        return cls(around(flux), vae, uncond, models, shift, settings)
 
     def denoise(
         self,
@@ -103,12 +96,37 @@ class FluxDenoiser:
         picture: Picture = draw(engine, work, on_step, cancelled)
         return picture
 
+    def purge(self) -> None:
+        """Forget folded identities whose time is over."""
+        self._folded.purge()
+
     def engine(self) -> Engine:
         """An engine for many pictures at once; how long its steps take is measured first."""
         settings = self._settings
         shapes = [self.painter.shape_of(width, height, TEXT_TOKENS) for width, height in map(pixels, self._sizes)]
         self._curves.measure(self.painter.seconds, shapes, settings.max_rows)
         return Engine(self.painter, self._curves, settings.max_jobs, settings.max_rows, settings.preview_steps)
+
+
+def load_flux(settings: Settings) -> "IdentityFlux":
+    """Read FLUX and PuLID's cross-attentions from the preset's files; raises WeightsError, SettingsInvalid."""
+    from pipeline import checkpoints
+    from pipeline.models.flux import IdentityFlux
+    from pipeline.weights import PRESETS
+
+    files, sizes = checkpoints.files(settings), checkpoints.sizes(settings)
+    preset, transformer = PRESETS[settings.preset], checkpoints.load_flux(files, settings)
+    if bool(transformer.config.guidance_embeds) != preset.guidance:
+        raise WeightsCorrupt(
+            f"{files.path('flux')} is not the FLUX of the preset {preset.name}: only dev models have a guidance "
+            "embedding, schnell has none; set PULID_PRESET to the preset that fits the file."
+        )
+    attentions = checkpoints.load_cross_attentions(files, checkpoints.on_host(settings))
+    made = modulation(settings, checkpoints.device(settings))
+    try:
+        return IdentityFlux(transformer, attentions, sizes.double_interval, sizes.single_interval, made)
+    except ValueError as error:
+        raise WeightsCorrupt(f"{files.path('flux')} is no FLUX.1 that PuLID fits: {error}.") from error
 
 
 def draw(
@@ -147,6 +165,8 @@ def modulation(settings: Settings, where: "device") -> str:
     """How FLUX's modulation is made: as set, or in each step, but for cards too small to hold its weights."""
     import torch
 
+    if settings.acceleration.memory != "resident":
+        return "host"
     if settings.engine.modulation != "auto":
         return settings.engine.modulation
     if where.type != "cuda":

@@ -179,7 +179,7 @@ class Engine:
         return EngineStats(waiting, running, drawn, *counts)
 
     def _earliest(self, ticket: Ticket, others: Sequence[Ticket]) -> float:
-        """Seconds until a picture ends at best: what goes first, in passes shared as well as can be, and its own steps."""
+        """Seconds until a picture ends at best: what goes first, in passes shared as well as can be, then its own."""
         if not self._curves.known:
             return 0.0
         first = [other for other in others if self._rank(other) < self._rank(ticket)]

@@ -94,7 +94,9 @@ class EngineSettings(Group):
 class AccelerationSettings(Group):
     """How FLUX runs on its GPUs."""
 
-    compile: Literal["off", "regional", "whole"] = Field("off", description="torch.compile: each block, or all of FLUX")
+    compile: Literal["auto", "off", "regional", "whole"] = Field(
+        "auto", description="torch.compile: each block, or all of FLUX; auto: regional on a GPU where it can be"
+    )
     attention: str = Field("native", pattern=r"^[a-z0-9_]+$", description="diffusers' name of an attention backend")
     fp8: bool = Field(False, description="row-wise float8 in the blocks' linear layers, through torchao")
     step_cache: float = Field(0.0, ge=0, lt=1, description="threshold of the first-block cache; 0: every step is whole")

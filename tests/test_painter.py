@@ -11,8 +11,9 @@ from pipeline import checkpoints
 from pipeline.curves import Curves
 from pipeline.denoise import FluxDenoiser, draw
 from pipeline.drawing import Work
-from pipeline.engine import Done, Engine, Failed, Previewed
+from pipeline.engine import Engine
 from pipeline.errors import PictureInvalid
+from pipeline.events import Done, Failed, Previewed
 from pipeline.models import preview
 from pipeline.request import Request
 from pipeline.settings import AccelerationSettings, EngineSettings, Settings

@@ -12,10 +12,10 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline.picture import Picture
 from pipeline.errors import PipelineError
 from pipeline.faces import Faces
 from pipeline.identity import Identity
+from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.text import Text
 

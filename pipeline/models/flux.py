@@ -15,7 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from pipeline.models.folding import PreparedIdentity, prepare
+from pipeline.models.folding import Attend, PreparedIdentity, prepare
 from pipeline.models.modulation import Modulation, read_table, view_of
 from pipeline.models.pulid import PulidCrossAttention
 from pipeline.models.step_cache import StepCache
@@ -61,6 +61,7 @@ class IdentityBlock(nn.Module):
         self.cross_attention = cross_attention
         self.index = index
         self.place = place
+        self.attend: Attend | None = None  # folded_attention, where it is compiled
 
     def forward(
         self,
@@ -99,7 +100,8 @@ class IdentityBlock(nn.Module):
         # Row by row: a row costs what its own people cost, and rounds as if it were alone.
         rows = [image] if image.shape[0] == 1 else list(image.chunk(image.shape[0]))
         for person in people:
-            residual = _strength(person) * person.identity.layers[self.index](image[person.row : person.row + 1])
+            layer = person.identity.layers[self.index]
+            residual = _strength(person) * layer(image[person.row : person.row + 1], self.attend)
             rows[person.row] = rows[person.row] + residual.to(image.dtype)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 

@@ -10,7 +10,7 @@ of the work at one photo, and exact up to rounding. The weight of a person stays
 weight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.models.pulid import PulidCrossAttention, attention
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,9 +32,10 @@ class FoldedAttention:
     heads: int
     eps: float
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Image tokens (B, N, dim) -> what to add to them at weight 1 (B, N, dim)."""
-        return folded_attention(image, self.to_logits, self.bias, self.to_image, self.heads, self.eps)
+    def __call__(self, image: Tensor, attend: "Attend | None" = None) -> Tensor:
+        """Image tokens (B, N, dim) -> what to add at weight 1 (B, N, dim); `attend`: folded_attention, compiled."""
+        attend = attend or folded_attention
+        return attend(image, self.to_logits, self.bias, self.to_image, self.heads, self.eps)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +51,7 @@ class CachedAttention:
     key: Tensor
     value: Tensor
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, _: "Attend | None" = None) -> Tensor:
         """Image tokens (B, N, dim) -> what to add to them at weight 1 (B, N, dim)."""
         module = self.cross_attention
         query = module.to_q(module.norm2(image))  # (B, N, H * D)

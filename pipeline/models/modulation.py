@@ -22,9 +22,9 @@ class Modulation:
     def __init__(self, transformer: FluxTransformer2DModel, host: bool = False) -> None:
         """With `host` the weights move to the CPU (pinned where there is a GPU) and are lent for a table."""
         self._embed = transformer.time_text_embed
-        self._dtype = transformer.dtype
+        self._dtype = transformer.x_embedder.weight.dtype
         self._linears = [norm.linear for norm in modulated_norms(transformer)]
-        self._device = transformer.device
+        self._device = transformer.x_embedder.weight.device  # its own weights may be in host memory already
         if host:
             for module in (self._embed, *self._linears):
                 _to_host(module)

@@ -28,9 +28,17 @@ def flux(state: State, dtype: torch.dtype) -> tuple[dict[str, Any], State]:
     Raises WeightsCorrupt where it is quantised in a form that is not read here; KeyError, IndexError, RuntimeError or
     ValueError where tensors are missing or of the wrong shape.
     """
+    dequantise(state, dtype)
+    return translated(state)
+
+
+def translated(state: State) -> tuple[dict[str, Any], State]:
+    """A FLUX.1 transformer's configuration, and its tensors as they are under diffusers' names; empties `state`.
+
+    Raises KeyError, IndexError, RuntimeError or ValueError where tensors are missing or of the wrong shape.
+    """
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-    dequantise(state, dtype)
     config = _flux_config(state)
     width = config["attention_head_dim"] * config["num_attention_heads"]
     fused = {key: state.pop(key) for key in list(state) if re.fullmatch(r"single_blocks\.\d+\.linear1\.\w+", key)}
@@ -92,8 +100,21 @@ def dequantise(state: State, dtype: torch.dtype) -> None:
         raise WeightsCorrupt(f"There are scales without a weight, {next(iter(scales))} for one.")
 
 
+def compare(wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    """Raises WeightsCorrupt where tensors are missing, unknown or of another shape than a network wants."""
+    wrong = {
+        "missing": wanted.keys() - found.keys(),
+        "unknown": found.keys() - wanted.keys(),
+        "of another shape": {key for key in wanted.keys() & found.keys() if wanted[key] != found[key]},
+    }
+    for problem, keys in wrong.items():
+        if keys:
+            some = ", ".join(sorted(keys)[:3])
+            raise WeightsCorrupt(f"{len(keys)} of its {len(found)} tensors are {problem}: {some}")
+
+
 def _flux_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    width, channels = state["img_in.weight"].shape
+    width, channels = _shape(state["img_in.weight"])
     head = state["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
     return {
         "patch_size": 1,
@@ -103,12 +124,17 @@ def _flux_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_single_layers": _count(state, "single_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": width // head,
-        "joint_attention_dim": state["txt_in.weight"].shape[1],
-        "pooled_projection_dim": state["vector_in.in_layer.weight"].shape[1],
+        "joint_attention_dim": _shape(state["txt_in.weight"])[1],
+        "pooled_projection_dim": _shape(state["vector_in.in_layer.weight"])[1],
         "guidance_embeds": any(key.startswith("guidance_in.") for key in state),
         # not in the file: every head is shared among the axes as FLUX.1's 128 are, 16 to 56 to 56
         "axes_dims_rope": (head // 8, head * 7 // 16, head * 7 // 16),
     }
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    """Its shape; that of the numbers it stands for where it holds GGUF's packed bytes."""
+    return torch.Size(getattr(tensor, "quant_shape", tensor.shape))
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -1,0 +1,165 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._dynamo.utils import counters
+
+from pipeline import acceleration
+from pipeline.denoise import FluxDenoiser
+from pipeline.errors import SettingsInvalid
+from pipeline.identity import Identity
+from pipeline.models.flux import IdentityFlux, IdentityRow
+from pipeline.models.sampling import image_ids
+from pipeline.request import Request
+from pipeline.settings import Settings
+from pipeline.text import TextEncoder
+from pipeline.trace import Trace
+from tests import small
+
+# Requests of one size that differ in everything else: identity, prompt and noise by the seed.
+REQUESTS = (
+    {"seed": 1},
+    {"weight": 0.3},
+    {"guidance": 7.0},
+    {"steps": 5},
+    {"seed": 2, "weight": 2.0, "guidance": 1.5, "steps": 3},
+)
+
+
+def new_flux(modulation: str) -> IdentityFlux:
+    return IdentityFlux(small.transformer(), small.cross_attentions(), modulation=modulation)
+
+
+@torch.inference_mode()
+def picture(
+    flux: IdentityFlux,
+    seed: int = 0,
+    weight: float = 1.0,
+    guidance: float = 4.0,
+    steps: int = 2,
+    grid: tuple[int, int] = (3, 4),
+) -> torch.Tensor:
+    """The prediction of the last step for one row with one person."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = (grid[0] * grid[1], 64), (5, 24), (20,), (32, small.KV_DIM)
+    latents, text, pooled, tokens = (torch.randn(1, *shape, generator=random) for shape in shapes)
+    person = IdentityRow(0, flux.prepare(tokens), torch.full((1, 1, 1), weight))
+    times, scale = torch.linspace(1, 0.1, steps), torch.tensor([guidance])
+    for time, row in zip(times, flux.conditioning(times, scale, pooled), strict=True):
+        velocity = flux.predict(latents, time[None], scale, text, row[None], image_ids(*grid), [person])
+    return velocity
+
+
+@pytest.fixture
+def dynamo():
+    """torch.compile as in a new process, before and after."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", ["regional", "whole"])
+@pytest.mark.parametrize("modulation", ["live", "table"])
+def test_compiled_flux_is_flux_and_is_compiled_once(dynamo, mode: str, modulation: str) -> None:
+    """After the first picture nothing is compiled again, whatever a request changes but its size; no graph breaks."""
+    flux, plain = new_flux(modulation), new_flux(modulation)
+    acceleration.compile_flux(flux, mode, backend="eager")
+    picture(flux)
+    graphs = dynamo["stats"]["unique_graphs"]
+    assert graphs > 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for request in REQUESTS:
+            torch.testing.assert_close(picture(flux, **request), picture(plain, **request), rtol=1e-5, atol=1e-5)
+    assert dynamo["stats"]["unique_graphs"] == graphs
+    assert not dynamo["graph_break"]
+
+
+@pytest.mark.parametrize("modulation", ["live", "table"])
+def test_regional_graphs_serve_all_blocks_and_sizes(dynamo, modulation: str) -> None:
+    """Fewer graphs than blocks, and none for the third picture size."""
+    flux, plain = new_flux(modulation), new_flux(modulation)
+    acceleration.compile_flux(flux, "regional", backend="eager")
+    picture(flux)
+    assert dynamo["stats"]["unique_graphs"] < 8  # blocks
+    picture(flux, grid=(4, 4))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(picture(flux, grid=(5, 4)), picture(plain, grid=(5, 4)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "mode"), [("cuda", "lean", "regional"), ("cuda", "cast", "off"), ("cpu", "resident", "off")]
+)
+def test_what_is_compiled_unless_something_else_is_set(device: str, memory: str, mode: str) -> None:
+    """Blocks, on a GPU, where the weights have one form; never on a CPU. What is set wins."""
+    auto, whole = (Settings(acceleration={"memory": memory, "compile": name}) for name in ("auto", "whole"))
+    assert acceleration.compile_mode(auto, torch.device(device)) == mode
+    assert acceleration.compile_mode(whole, torch.device(device)) == "whole"
+
+
+def test_compiling_leaves_the_transformer_handed_in_alone(dynamo) -> None:
+    """It runs as before, without a graph."""
+    transformer = small.transformer()
+    flux = IdentityFlux(transformer, small.cross_attentions())
+    acceleration.compile_flux(flux, "regional", backend="eager")
+    picture(IdentityFlux(transformer, small.cross_attentions()))
+    assert not dynamo["stats"]
+    picture(flux)
+    assert dynamo["stats"]
+
+
+def test_attention_by_another_backend_is_the_same() -> None:
+    """torch's own kernel for the CPU equals the default; the autoencoder only changes how it lies in memory."""
+    flux, vae = new_flux("live"), small.vae()
+    chosen = Settings(acceleration={"attention": "_native_math", "vae_channels_last": True})
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = vae.decode(latents).sample
+    try:
+        acceleration.apply(flux, vae, chosen)
+        torch.testing.assert_close(picture(flux), picture(new_flux("live")), rtol=1e-5, atol=1e-5)
+    finally:
+        flux.transformer.reset_attention_backend()
+    assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(vae.decode(latents).sample, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        ({"attention": "fast"}, "set it to one of"),
+        ({"attention": "_flash_3_hub"}, "set it to one of"),
+        ({"attention": "sage"}, "Set it to native"),
+        ({"compile": "whole", "step_cache": 0.1}, "COMPILE to regional"),
+        ({"compile": "whole", "context_parallel": 2}, "COMPILE to regional"),
+        ({"compile": "regional", "memory": "nf4"}, "MEMORY to resident or lean"),
+        ({"context_parallel": 2, "step_cache": 0.1}, "STEP_CACHE to 0"),
+    ],
+)
+def test_levers_that_cannot_be_had_say_what_to_set(values: dict[str, object], advice: str) -> None:
+    """Unknown and missing attention backends, those that would fetch programs, and levers that exclude each other."""
+    with pytest.raises(SettingsInvalid, match=advice):
+        acceleration.apply(new_flux("live"), small.vae(), Settings(acceleration=values))
+
+
+def painted(untrained: Path, **chosen: object) -> np.ndarray:
+    """The pixels of one small picture of one person, through the denoiser as the settings load it."""
+    settings = Settings(device="cpu", miniature_dir=untrained, acceleration=chosen)
+    random = np.random.default_rng(0)
+    person = Identity(random.standard_normal((32, 96)).astype(np.float32), (), Trace({}, {}))
+    text = TextEncoder.load(settings).encode("a person", 128)
+    request = Request.model_validate(
+        {"prompt": "a person", "seed": 1, "width": 256, "height": 256, "num_steps": 2, "people": [{"photos": ["aGk="]}]}
+    )
+    picture = FluxDenoiser.load(settings).denoise(request, 0, text, None, person)
+    return np.asarray(Image.open(io.BytesIO(picture.data)), dtype=np.int16)
+
+
+def test_the_lean_mode_and_channels_last_draw_the_same_picture(untrained: Path) -> None:
+    """Lean to the bit, as nothing of the numbers changes; channels_last to a grey level, as it rounds otherwise."""
+    expected = painted(untrained)
+    assert np.array_equal(painted(untrained, memory="lean"), expected)
+    assert np.abs(painted(untrained, vae_channels_last=True) - expected).max() <= 1
+    assert not np.array_equal(painted(untrained, memory="cast"), expected)  # float8 is seen
