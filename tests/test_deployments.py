@@ -32,6 +32,7 @@ from tests.fakes import (
     FakeIdentity,
     FakeText,
     MemoryStore,
+    note,
     notes,
 )
 
@@ -74,6 +75,18 @@ def test_the_deployments_give_what_generate_gives(local, settings):
     ours = flow.generate(wanted, stages, MemoryStore()).record["pictures"]
     theirs = local(wanted).record["pictures"]
     assert [picture["sha256"] for picture in theirs] == [picture["sha256"] for picture in ours]
+
+
+def test_progress_reaches_the_ingress(settings):
+    """Whoever asks the ingress for pictures is told every step of each, while they are drawn."""
+    handle, folder = serve.run(wire(settings, FAKES), name="local", _local_testing_mode=True), settings.weights_dir
+
+    def progress(number, event):  # Serve copies it, as if to another process
+        if isinstance(event, Stepped):
+            note(folder, "told", number, event.done, event.total)
+
+    handle.generate.remote(request(num_outputs=2, num_steps=3), progress).result(timeout_s=20)
+    assert notes(folder, "told") == {f"{number}-{done}-3" for number in (0, 1) for done in (1, 2, 3)}
 
 
 def test_a_stages_error_reaches_the_caller(local):
@@ -299,6 +312,30 @@ def test_a_full_engine_refuses(settings):
         return await drawn(full, request(people=[]))  # there is room as soon as the other has been cancelled
 
     assert run(go())
+
+
+def test_decoding_overlaps_with_the_steps_of_others(settings):
+    """While one picture is decoded another's steps go on: this one's decoding ends only after the other has stepped."""
+    stepped = threading.Event()
+
+    class Slow(FakeDenoise):
+        def advance(self, drawings):
+            super().advance(drawings)
+            if drawings[0].work.seed == 2:
+                stepped.set()
+
+        def finish(self, drawing):
+            assert stepped.wait(20)
+            return super().finish(drawing)
+
+    replica = FluxDenoiser(settings, Slow)
+    replica.folder = settings.weights_dir
+
+    async def go():
+        pictures = [drawn(replica, request(people=[], num_steps=1, seed=seed)) for seed in (1, 2)]
+        return await asyncio.gather(*pictures)
+
+    assert [picture.seed for picture in run(go())] == [1, 2]
 
 
 def test_a_step_that_hangs_makes_its_replica_unhealthy(settings):
