@@ -48,8 +48,8 @@ render: setup  ## serve_config.yaml into the KubeRay manifest
 serve: setup  ## the service on http://127.0.0.1:8000 (preset miniature, pictures in ./pictures)
 	$(BIN)/pulid serve
 
-bench: setup  ## seconds per stage, and the overhead of HTTP and Ray
-	$(BIN)/python -m bench.stages
+bench: setup  ## all benchmarks: bench/results.json, the table and the plots of docs/benchmarks.md
+	$(BIN)/python -m bench --write-docs
 
 evaluate: setup  ## likeness, adherence and colours over 60 people that nothing was trained on (minutes)
 	$(ALL_CORES) $(BIN)/pulid evaluate --json evaluation.json

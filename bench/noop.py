@@ -1,0 +1,198 @@
+"""Stages that give records of true sizes and compute nothing, or take a known time; what is left is the serving."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.caches import Cache
+from pipeline.curves import Curves, Shape
+from pipeline.denoise import draw
+from pipeline.drawing import Work
+from pipeline.engine import Engine
+from pipeline.faces import Face, FaceBox, Faces
+from pipeline.identity import Identity
+from pipeline.picture import Picture
+from pipeline.request import Person, Request
+from pipeline.settings import Settings
+from pipeline.stored import Content, Stored, describe, find_picture
+from pipeline.text import Text
+from pipeline.trace import Trace, total
+
+if TYPE_CHECKING:
+    from deployments.app import Parts
+
+PICTURE_BYTES = 1_500_000  # about what a portrait of FLUX takes as PNG
+STEP_SECONDS = 0.05  # of TimedDenoise
+
+
+class _Stage:
+    """What all have: nothing is cached, as nothing is computed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.cache: Cache[Any] = Cache(0, size=lambda _: 0)
+
+
+class NoFaces(_Stage):
+    """One face for each photo."""
+
+    def detect(self, person: Person, index: int, tenant: str = "", cancelled: Any = None) -> Faces:  # noqa: ARG002
+        """See pipeline.faces.FaceDetector."""
+        zeros = np.zeros((336, 336), np.float32)
+        box = FaceBox(0, (1.0, 2.0, 30.0, 40.0), 0.9)
+        face = Face(np.zeros(512, np.float32), zeros, np.zeros((5, 2), np.float32), box)
+        return Faces((face,) * len(person.photos), Trace({"faces": 0.0}))
+
+
+class NoIdentity(_Stage):
+    """Tokens of nobody."""
+
+    def encode(self, faces: Faces, fusion: str, tenant: str = "") -> Identity:  # noqa: ARG002
+        """See pipeline.identity.IdentityEncoder."""
+        boxes = tuple(face.box for face in faces.faces)
+        return Identity(np.zeros((32, 2048), np.float32), boxes, faces.trace + Trace({"identity": 0.0}))
+
+
+class NoText(_Stage):
+    """A text that says nothing."""
+
+    def encode(self, prompt: str, length: int) -> Text:  # noqa: ARG002
+        """See pipeline.text.TextEncoder."""
+        tokens = np.zeros((length, 4096), np.float32)
+        return Text(tokens, np.zeros(768, np.float32), False, Trace({"text": 0.0}))
+
+
+@dataclass(slots=True)
+class Begun:
+    """A picture that is not drawn."""
+
+    work: Work
+    began: float
+
+
+class NoDenoise(_Stage):
+    """A painter whose steps take no time, and the engines over it."""
+
+    seconds = 1e-6  # of a step, as the engine is told
+    waits = False
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._data = np.random.default_rng(0).bytes(PICTURE_BYTES)
+
+    def engine(self) -> Engine:
+        """See pipeline.denoise.FluxDenoiser."""
+        limits, curves = self.settings.engine, Curves()
+        curves.learn(Shape(1, 1, 1), 1, self.seconds)
+        return Engine(self, curves, limits.max_jobs, limits.max_rows, limits.preview_steps)
+
+    def purge(self) -> None:
+        """Nothing is kept that could be."""
+
+    def denoise(
+        self, request: Request, number: int, text: Text, negative: Text | None, *identities: Identity
+    ) -> Picture:
+        """See pipeline.denoise.FluxDenoiser."""
+        work = Work(request, number, text, negative, identities)
+        picture: Picture = draw(Engine(self, Curves(), max_jobs=1), work)
+        return picture
+
+    def shape(self, work: Work) -> Shape:  # noqa: ARG002
+        """See pipeline.engine.Painter, as for all that follow."""
+        return Shape(1, 1, 1)
+
+    def steps(self, work: Work) -> int:
+        """As many as were asked for."""
+        return work.request.num_steps
+
+    def passes(self, work: Work, done: int) -> int:
+        """One for each step."""
+        return self.steps(work) - done
+
+    def begin(self, work: Work) -> Begun:
+        """Nothing but the moment."""
+        return Begun(work, time.perf_counter())
+
+    def advance(self, drawings: Sequence[Begun]) -> None:
+        """Take the time that steps of these rows take, one after another."""
+        if self.waits:
+            threading.Event().wait(self.seconds * len(drawings))  # leaves the processor to others, as a GPU does
+
+    def preview(self, drawing: Begun) -> Any:  # noqa: ARG002
+        """A gray one."""
+        return np.zeros((144, 112, 3), np.uint8)
+
+    def finish(self, drawing: Begun) -> Picture:
+        """The same bytes for everybody."""
+        work, request = drawing.work, drawing.work.request
+        seconds = {"queue": drawing.began - work.accepted, "denoise": time.perf_counter() - drawing.began}
+        return Picture(
+            data=self._data,
+            media_type="image/png",
+            width=request.width,
+            height=request.height,
+            seed=work.seed,
+            steps=request.num_steps,
+            prompt_truncated=False,
+            faces=tuple(identity.boxes for identity in work.identities),
+            trace=total([*(identity.trace for identity in work.identities), work.text.trace, Trace(seconds)]),
+        )
+
+
+class TimedDenoise(NoDenoise):
+    """A painter whose steps take STEP_SECONDS a row."""
+
+    seconds = STEP_SECONDS
+    waits = True
+
+
+class MemoryStore:
+    """The last pictures, in the memory of one process."""
+
+    kept = 64
+
+    def __init__(self) -> None:
+        self._images: dict[str, tuple[dict[str, Any], Sequence[Picture]]] = {}
+
+    def check(self) -> None:
+        """Nothing can be wrong with it."""
+
+    def save(self, image_id: str, request: Request, pictures: Sequence[Picture]) -> Stored:
+        """See pipeline.stored.Store."""
+        record = describe(image_id, request, pictures, 0.0)
+        self._images[image_id] = (record, pictures)
+        while len(self._images) > self.kept:
+            del self._images[next(iter(self._images))]
+        return Stored(image_id, (), record)
+
+    def record(self, image_id: str) -> dict[str, Any]:
+        """See pipeline.stored.Store."""
+        return self._images[image_id][0]
+
+    def content(self, image_id: str, number: int) -> Content:
+        """See pipeline.stored.Store."""
+        record, pictures = self._images[image_id]
+        return Content(find_picture(record, number)["media_type"], data=pictures[number].data)
+
+
+def memory_store(settings: Settings) -> MemoryStore:  # noqa: ARG001
+    """A store for Parts."""
+    return MemoryStore()
+
+
+def no_ops() -> "Parts":
+    """Stages that take no time."""
+    from deployments.app import Parts
+
+    return Parts(NoFaces, NoIdentity, NoText, NoDenoise, memory_store)
+
+
+def timed() -> "Parts":
+    """The same, but for a denoiser whose steps take time."""
+    from deployments.app import Parts
+
+    return Parts(NoFaces, NoIdentity, NoText, TimedDenoise, memory_store)
