@@ -121,6 +121,7 @@ class LeadingFlux:
         ids: Tensor,
         people: Iterable[IdentityRow] = (),
         step_cache: StepCache | None = None,
+        text_ids: Tensor | None = None,  # noqa: ARG002 - each rank makes its own zeros
     ) -> Tensor:
         """See IdentityFlux; without a step cache, as each rank would decide by its own share."""
         if step_cache is not None:

@@ -6,15 +6,14 @@ at t(B) / t(1) times it in one batch of B: so a batch pays only where t(B) / t(1
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 LEARNING = 0.2  # the share of a new measurement in what is known
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 NO_GAIN = 0.97  # of t(1) a row: with less to win, larger batches are not measured
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """What rows of one forward pass have in common: the grid of image tokens, and the number of text tokens."""
 
     rows: int

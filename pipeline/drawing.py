@@ -51,24 +51,27 @@ class Presence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """What one of the two passes reads: text (1, L, 4096), and per step what FLUX takes as `pooled` (S, ...)."""
+    """What one of the two passes reads: text (1, L, 4096), and for each step what FLUX takes as `pooled` (1, ...)."""
 
     text: "Tensor"
-    pooled: "Tensor"
+    pooled: "tuple[Tensor, ...]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
     """All that the steps of a picture read, as tensors on the model's device.
 
-    times (num_steps + 1,) float32; guidance (1,) or None; ids (N, 3); the second pass runs from step `cfg_step` on, and
-    never without `negative`.
+    times and deltas: for each step (1,) float32, when it is and how far it goes; guidance (1,) or None; ids (N, 3) and
+    text_ids (L, 3); the
+    second pass runs from step `cfg_step` on, and never without `negative`.
     """
 
     shape: Shape
-    times: "Tensor"
+    times: "tuple[Tensor, ...]"
+    deltas: "tuple[Tensor, ...]"
     guidance: "Tensor | None"
     ids: "Tensor"
+    text_ids: "Tensor"
     positive: Conditioning
     negative: Conditioning | None
     true_cfg: float

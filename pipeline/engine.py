@@ -188,8 +188,8 @@ class Engine:
 
     def _choose(self) -> list[Ticket]:
         """The pictures that go on: the first in rank, and of its shape as many as end sooner together."""
-        if not self._tickets:
-            return []
+        if len(self._tickets) < 2:
+            return list(self._tickets)
         ranked = sorted(self._tickets, key=self._rank)
         first = ranked[0]
         alike = [t for t in ranked if t.shape == first.shape and t.priority == first.priority]

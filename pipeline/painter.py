@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -89,13 +89,16 @@ class FluxPainter:
         shape = self.shape(work)
         rows, columns = shape.rows, shape.columns
         times = schedule(request.num_steps, rows * columns, self._shift).to(self._device)
+        ids = image_ids(rows, columns).to(self._device)
         guides = bool(self._flux.transformer.config.guidance_embeds)
         guidance = torch.tensor([request.guidance_scale], device=self._device) if guides else None
         generation = Generation(
             shape=shape,
-            times=times,
+            times=times.chunk(len(times)),
+            deltas=times.diff().chunk(request.num_steps),
             guidance=guidance,
-            ids=image_ids(rows, columns).to(self._device),
+            ids=ids,
+            text_ids=ids.new_zeros(shape.text, 3),
             positive=self._conditioning(work.text, times, guidance),
             negative=None if work.negative is None else self._conditioning(work.negative, times, guidance),
             true_cfg=request.true_cfg,
@@ -121,8 +124,7 @@ class FluxPainter:
             if id(drawing) in opposite:
                 negative = opposite[id(drawing)]
                 velocity = negative + drawing.generation.true_cfg * (velocity - negative)
-            times = drawing.generation.times
-            drawing.latents = euler_step(drawing.latents, velocity, times[drawing.step], times[drawing.step + 1])
+            drawing.latents = euler_step(drawing.latents, velocity, drawing.generation.deltas[drawing.step])
             drawing.velocity = velocity
             drawing.step += 1
         self._wait()
@@ -188,7 +190,7 @@ class FluxPainter:
 
     def _conditioning(self, text: Text, times: Tensor, guidance: Tensor | None) -> Conditioning:
         pooled = self._flux.conditioning(times[:-1], guidance, self._tensor(text.pooled)[None])
-        return Conditioning(self._tensor(text.tokens)[None], pooled)
+        return Conditioning(self._tensor(text.tokens)[None], pooled.chunk(len(pooled)))
 
     def _presence(self, request: Request, index: int, identity: Identity, shape: Shape) -> Presence:
         person = request.people[index]
@@ -230,24 +232,25 @@ class FluxPainter:
         people = tuple((person, person.positive if positive else person.negative) for person in acting)
         return Row(drawing, conditioning, people, cache)
 
-    def _predict(self, rows: Sequence[Row]) -> list[Tensor]:
+    def _predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """The velocity (1, N, 64) of each row, in as few or as many passes as are done soonest."""
+        if len(rows) == 1:
+            return self._pass(rows)
         shape = rows[0].drawing.generation.shape
-        width = 1 if self._max_rows == 1 else self._curves.width(shape, len(rows))
-        width = min(width, self._max_rows)
+        width = 1 if self._max_rows == 1 else min(self._curves.width(shape, len(rows)), self._max_rows)
         return [velocity for at in range(0, len(rows), width) for velocity in self._pass(rows[at : at + width])]
 
     def _pass(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         started = time.perf_counter()
         drawings = [row.drawing for row in rows]
         generation = drawings[0].generation
-        steps = [drawing.step for drawing in drawings]
+        guidances = [one for drawing in drawings if (one := drawing.generation.guidance) is not None]
         velocity = self._flux.predict(
-            _stacked(drawing.latents for drawing in drawings).to(self._dtype),
-            _stacked(d.generation.times[step : step + 1] for d, step in zip(drawings, steps, strict=True)),
-            None if generation.guidance is None else _stacked(d.generation.guidance for d in drawings),
-            _stacked(row.conditioning.text for row in rows),
-            _stacked(row.conditioning.pooled[step : step + 1] for row, step in zip(rows, steps, strict=True)),
+            _stacked([drawing.latents for drawing in drawings]).to(self._dtype),
+            _stacked([drawing.generation.times[drawing.step] for drawing in drawings]),
+            _stacked(guidances) if guidances else None,
+            _stacked([row.conditioning.text for row in rows]),
+            _stacked([row.conditioning.pooled[row.drawing.step] for row in rows]),
             generation.ids,
             [
                 IdentityRow(number, identity, person.weight, person.mask)
@@ -255,14 +258,15 @@ class FluxPainter:
                 for person, identity in row.people
             ],
             rows[0].cache,
+            generation.text_ids,
         )
         self._wait()
         self._curves.learn(generation.shape, len(rows), time.perf_counter() - started)
-        return velocity.chunk(len(rows))
+        return [velocity] if len(rows) == 1 else velocity.chunk(len(rows))
 
     def _wait(self) -> None:
         """For the GPU: a step is over when its numbers are there, so that a cancelled row is not computed ahead."""
-        if self._device.type == "cuda":
+        if self._beside is not None:
             torch.cuda.current_stream(self._device).synchronize()
 
     def _decode(self, drawing: Drawing) -> NDArray[np.uint8]:
@@ -288,7 +292,6 @@ def pixels_per_token(vae: "AutoencoderKL") -> int:
     return int(2 ** len(vae.config.block_out_channels))  # 2 * 2 ** (levels - 1)
 
 
-def _stacked(rows: Iterable[Tensor | None]) -> Tensor:
+def _stacked(rows: list[Tensor]) -> Tensor:
     """Rows (1, ...) as one batch; one row is not copied."""
-    tensors = [row for row in rows if row is not None]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

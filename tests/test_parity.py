@@ -123,14 +123,14 @@ class SmallFlux:
         weight = torch.full((1, 1, 1), id_weight)
         identities = self.model.prepare(self.id), self.model.prepare(self.uncond_id)
         presence = Presence(start_step or 0, 8, *identities, weight)
-        positive, negative = (
-            Conditioning(text, pooled.expand(8, -1)) for text, pooled in (self.positive, self.negative)
-        )
+        positive, negative = (Conditioning(text, (pooled,) * 8) for text, pooled in (self.positive, self.negative))
         generation = Generation(
             shape=Shape(6, 6, 7),
-            times=sampling.schedule(8, 36),
+            times=sampling.schedule(8, 36).split(1),
+            deltas=sampling.schedule(8, 36).diff().split(1),
             guidance=torch.tensor([4.0]),
             ids=sampling.image_ids(6, 6),
+            text_ids=torch.zeros(7, 3),
             positive=positive,
             negative=None if true_cfg == 1.0 else negative,
             true_cfg=true_cfg,

@@ -149,14 +149,16 @@ class IdentityFlux(nn.Module):
         ids: Tensor,
         people: People = (),
         step_cache: StepCache | None = None,
+        text_ids: Tensor | None = None,
     ) -> Tensor:
         """The velocity of each row (B, N, 64).
 
         latents (B, N, 64) packed; timestep (B,) in 0..1; guidance (B,), None for a model without guidance embedding;
         text (B, L, 4096); pooled (B, 768), or this step's rows of `conditioning`; ids (N, 3) positions of the image
-        tokens, one resolution for all rows; `step_cache` is that of the only row.
+        tokens, one resolution for all rows; `step_cache` is that of the only row; text_ids (L, 3), null for zeros.
         """
-        text_ids = torch.zeros(text.shape[1], 3, device=latents.device, dtype=ids.dtype)  # (L, 3)
+        if text_ids is None:
+            text_ids = ids.new_zeros(text.shape[1], 3)  # (L, 3)
         return self.transformer(  # type: ignore[no-any-return]
             hidden_states=latents,
             encoder_hidden_states=text,

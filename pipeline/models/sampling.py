@@ -61,9 +61,9 @@ def image_ids(rows: int, columns: int) -> Tensor:
     return torch.stack((torch.zeros_like(row), row, column), dim=-1).reshape(-1, 3).float()
 
 
-def euler_step(latents: Tensor, velocity: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
+def euler_step(latents: Tensor, velocity: Tensor, delta: Tensor) -> Tensor:
     """One step of the ordinary differential equation, accumulated in float32 as diffusers does.
 
-    latents (B, N, C) float32, velocity (B, N, C); time and next_time are scalars or broadcast against them.
+    latents (B, N, C) float32, velocity (B, N, C); delta is the next time less this one, and broadcasts against them.
     """
-    return latents + (next_time - time) * velocity.float()
+    return latents + delta * velocity.float()

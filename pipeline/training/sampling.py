@@ -80,7 +80,7 @@ def sample(velocity: Velocity, noise: Tensor, times: Tensor, gradient_steps: int
     for step in range(steps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and step >= steps - gradient_steps):
             predicted = velocity(latents, times[step].expand(len(noise)))
-            latents = euler_step(latents, predicted, times[step], times[step + 1])
+            latents = euler_step(latents, predicted, times[step + 1] - times[step])
     return latents
 
 
