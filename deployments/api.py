@@ -123,6 +123,24 @@ async def prompt_answer(answer: Awaitable[T], silent: str) -> T:
         raise StoreUnavailable(f"{silent} did not answer within {READ_SECONDS} seconds; try again.") from error
 
 
+def wants_picture(accept: str) -> bool:
+    """Whether a caller asks for the picture itself in the place of JSON that names it."""
+    return any(kind.strip().lower().startswith("image/") for kind in accept.split(","))
+
+
+def picture(content: Content, redirect: int, cache: str) -> Response:
+    """The pixels of a picture, or a redirect (by that status) to them."""
+    if content.link is not None:
+        return RedirectResponse(content.link, redirect, {"Cache-Control": "no-store"})
+    headers = {
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Content-Disposition": "inline",
+        "Cache-Control": cache,
+    }
+    return Response(content.data, 200, headers, content.media_type)
+
+
 def create_api(service: Service, limits: LimitSettings) -> FastAPI:
     """The API of a service. Every failure is answered as application/problem+json."""
     app = FastAPI(title="PuLID Serve", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
@@ -176,7 +194,7 @@ def _making(service: Service, limits: LimitSettings) -> fastapi.APIRouter:
         openapi_extra={"requestBody": body},
     )
     async def make(http: fastapi.Request) -> Response:
-        """Make pictures, and wait for them."""
+        """Make pictures, and wait for them. With `Accept: image/*` the answer is the first of them itself."""
         started = time.perf_counter()
         try:
             async with asyncio.timeout(limits.request_seconds) as clock:
@@ -193,7 +211,12 @@ def _making(service: Service, limits: LimitSettings) -> fastapi.APIRouter:
             raise DeadlineExceeded("It took longer than it may; try later, or with fewer steps or pixels.") from error
         except ClientDisconnect as error:
             raise Cancelled("The request was cancelled; its body did not arrive.") from error
-        return JSONResponse(answer(stored, time.perf_counter() - started))
+        if not wants_picture(http.headers.get("accept", "")):
+            return JSONResponse(answer(stored, time.perf_counter() - started))
+        response = picture(await prompt_answer(service.content(stored.id, 0), "The store"), 303, "no-store")
+        address = f"/v1/images/{stored.id}"
+        response.headers.update({"Content-Location": f"{address}/0", "Link": f'<{address}>; rel="describedby"'})
+        return response
 
     return router
 
@@ -212,15 +235,7 @@ def _reading(service: Service) -> fastapi.APIRouter:
         if not (number.isdecimal() and number.isascii() and len(number) < 3):
             raise ImageNotFound("There is no such image; check its id and number.")
         content = await prompt_answer(service.content(image_id, int(number)), "The store")
-        if content.link is not None:
-            return RedirectResponse(content.link, 307, {"Cache-Control": "no-store"})
-        headers = {
-            "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "default-src 'none'; sandbox",
-            "Content-Disposition": "inline",
-            "Cache-Control": "private, max-age=86400, immutable",
-        }
-        return Response(content.data, 200, headers, content.media_type)
+        return picture(content, 307, "private, max-age=86400, immutable")
 
     @router.get("/v1/models")
     async def models() -> Response:

@@ -1,8 +1,9 @@
 """FluxDenoiser as a deployment: an engine that steps while the event loop takes requests in and events out."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from deployments.metrics import EngineGauges
@@ -10,7 +11,8 @@ from deployments.stages import Replica
 from pipeline import denoise
 from pipeline.drawing import Work
 from pipeline.engine import Engine
-from pipeline.events import Done, Event, Failed
+from pipeline.events import Done, Event, Failed, last
+from pipeline.picture import Picture
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,7 +55,20 @@ class FluxDenoiser(Replica):
         prompt: "Text",
         negative: "Text | None",
         *identities: "Identity",
-    ) -> AsyncIterator[Event]:
+    ) -> Picture:
+        """Picture `number` of a request, for whom does not watch: an answer costs less than a stream."""
+        async with aclosing(self.watch(request, number, prompt, negative, *identities)) as events:
+            picture: Picture = await last(events)
+        return picture
+
+    async def watch(
+        self,
+        request: "Request",
+        number: int,
+        prompt: "Text",
+        negative: "Text | None",
+        *identities: "Identity",
+    ) -> AsyncGenerator[Event]:
         """The events of picture `number` of a request, the last of which is Done; raises what it failed with."""
         self._start()
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()

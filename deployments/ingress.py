@@ -1,7 +1,7 @@
 """Ingress: the HTTP API over the other deployments. It holds promises, awaits once, and stores the pictures."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -20,9 +20,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 from deployments.api import create_api
 from deployments.problems import unforeseen
 from pipeline.errors import ImageNotFound, Overloaded, PipelineError, WorkerUnavailable
-from pipeline.events import Done, Event
+from pipeline.events import Event, last
 from pipeline.flow import Stages, chain, new_image_id
-from pipeline.picture import Picture
 from pipeline.presets import PRESETS
 from pipeline.request import Request
 from pipeline.settings import Settings
@@ -42,14 +41,14 @@ class Ingress:
         """`handles` by the names of the deployments."""
         self._settings = settings
         self._handles = dict(handles)
-        self._handles["FluxDenoiser"] = self._handles["FluxDenoiser"].options(stream=True)
+        self._watching = self._handles["FluxDenoiser"].options(stream=True).watch
         self._store = open_store(settings.store) if store is None else store(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve calls for the HTTP application of a replica."""
         return create_api(self, self._settings.limits)
 
-    async def generate(self, request: Request, progress: Progress = lambda _, __: None) -> Stored:
+    async def generate(self, request: Request, progress: Progress | None = None) -> Stored:
         """See deployments.api.Service. When it fails or is cancelled, everything that it started is stopped.
 
         `progress(number, event)` is told what happens to picture `number`, all but its end.
@@ -57,9 +56,9 @@ class Ingress:
         request = request.with_seed()
         started: list[Response] = []
         try:
-            streams = chain(request, self._stages(started))
+            promises = chain(request, self._stages(started, watching=progress is not None))
             pictures = await asyncio.gather(
-                *(last(stream, partial(progress, number)) for number, stream in enumerate(streams))
+                *(promises if progress is None else (last(p, partial(progress, n)) for n, p in enumerate(promises)))
             )
         except BaseException as error:
             for response in started:
@@ -70,10 +69,8 @@ class Ingress:
             raise
         return await asyncio.to_thread(self._store.save, new_image_id(), request, pictures)
 
-    def _stages(self, started: list[Response]) -> Stages:
-        def remote(deployment: str, method: str) -> Callable[..., Response]:
-            handle = getattr(self._handles[deployment], method)
-
+    def _stages(self, started: list[Response], watching: bool) -> Stages:
+        def remote(handle: Any) -> Callable[..., Response]:
             def call(*arguments: Any) -> Response:
                 started.append(handle.remote(*arguments))
                 return started[-1]
@@ -81,10 +78,10 @@ class Ingress:
             return call
 
         return Stages(
-            faces=remote("FaceDetector", "detect"),
-            identity=remote("IdentityEncoder", "encode"),
-            text=remote("TextEncoder", "encode"),
-            denoise=remote("FluxDenoiser", "denoise"),
+            faces=remote(self._handles["FaceDetector"].detect),
+            identity=remote(self._handles["IdentityEncoder"].encode),
+            text=remote(self._handles["TextEncoder"].encode),
+            denoise=remote(self._watching if watching else self._handles["FluxDenoiser"].denoise),
         )
 
     async def record(self, image_id: str) -> Mapping[str, Any]:
@@ -120,16 +117,6 @@ class Ingress:
             ],
             "commercial_use": all(spec.licence.commercial for spec in preset.specs),
         }
-
-
-async def last(stream: AsyncIterator[Event], progress: Callable[[Event], None]) -> Picture:
-    """The picture with which a stream of events ends; raises WorkerUnavailable where it ends without."""
-    async for event in stream:
-        if isinstance(event, Done):
-            picture: Picture = event.picture
-            return picture
-        progress(event)
-    raise WorkerUnavailable("A worker was lost in the middle of a picture; send the request again.")
 
 
 def running_replicas() -> dict[str, int]:

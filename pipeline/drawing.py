@@ -62,8 +62,7 @@ class Generation:
     """All that the steps of a picture read, as tensors on the model's device.
 
     times and deltas: for each step (1,) float32, when it is and how far it goes; guidance (1,) or None; ids (N, 3) and
-    text_ids (L, 3); the
-    second pass runs from step `cfg_step` on, and never without `negative`.
+    text_ids (L, 3); the second pass runs from step `cfg_step` on, and never without `negative`.
     """
 
     shape: Shape

@@ -1,7 +1,10 @@
 """Events: what happens to a picture in an engine, in the order in which it happens. They go from replica to replica."""
 
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.errors import WorkerUnavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +44,12 @@ class Failed:
 
 
 Event = Queued | Stepped | Previewed | Done | Failed
+
+
+async def last(events: AsyncIterator[Event], progress: Callable[[Event], None] = lambda _: None) -> Any:
+    """The picture with which a stream of events ends; raises WorkerUnavailable where it ends without."""
+    async for event in events:
+        if isinstance(event, Done):
+            return event.picture
+        progress(event)
+    raise WorkerUnavailable("A worker was lost in the middle of a picture; send the request again.")

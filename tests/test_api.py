@@ -111,6 +111,16 @@ def test_a_picture_and_all_that_belongs_to_it(send, post):
     assert A_FACE not in record.text
 
 
+def test_the_answer_may_be_the_picture_itself(post):
+    """With Accept: image/* one request gives the pixels, and says where they and their record are."""
+    response = post(json.dumps(SMALL), headers={"content-type": "application/json", "accept": "image/png, image/*;q=0.8"})
+    assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
+    assert response.content.startswith(b"\x89PNG")
+    address = response.headers["content-location"].removesuffix("/0")
+    assert address.startswith("/v1/images/")
+    assert response.headers["link"] == f'<{address}>; rel="describedby"'
+
+
 def test_pixels_elsewhere_are_a_redirect(send, post):
     """A store that gives links has its pixels fetched there, by a link that no cache keeps."""
     answer = post(json.dumps({**SMALL, "num_outputs": 4})).json()
