@@ -183,6 +183,8 @@ class Engine:
         if not self._curves.known:
             return 0.0
         first = [other for other in others if self._rank(other) < self._rank(ticket)]
+        if not first:
+            return 0.0  # whoever would run at once is taken: if the curve is wrong, the picture itself corrects it
         shared = sum(self._left(other) / self._curves.gain(other.shape, self._max_rows) for other in first)
         return shared + self._left(ticket)
 

@@ -195,6 +195,7 @@ def test_what_cannot_be_in_time_is_refused_at_once(bench):
     bench.submit(Work("in time", 10), seconds=20.5)
     bench.submit(Work("short", 4), seconds=4.5)  # it goes before both
     assert bench.run().keys() == {"first", "in time", "short"}
+    bench.submit(Work("hopeless", 10), seconds=2)  # nothing is before it, so it may try
     assert isinstance(bench.events["short"][-1], Done)
 
 

@@ -212,7 +212,7 @@ def test_the_whole_way_through_the_networks(untrained: Path) -> None:
 
     def velocity(words: str, *people: IdentityRows) -> torch.Tensor:
         text = encoder.encode(words, 128)
-        given = torch.from_numpy(text.tokens)[None], torch.from_numpy(text.pooled)[None]
+        given = torch.tensor(text.tokens)[None], torch.tensor(text.pooled)[None]
         return flux.predict(latents, torch.ones(1), torch.tensor([4.0]), *given, ids, people)
 
     plain = velocity("a person in a garden")
