@@ -51,7 +51,7 @@ def exact_faces(seed):
     made = draw(person(seed), scene(seed))
     embedding = np.random.default_rng(seed).standard_normal(512).astype(np.float32)
     face = Face(embedding, face_of(made), made.landmarks, FaceBox(0, tuple(made.box.tolist()), 1.0))
-    return lambda person, index: Faces((face,), Trace({}, {}))
+    return lambda person, index, tenant: Faces((face,), Trace({}, {}))
 
 
 def test_what_was_built_draws_a_picture(built):
