@@ -113,7 +113,7 @@ def test_a_picture_and_all_that_belongs_to_it(send, post):
 
 def test_the_answer_may_be_the_picture_itself(post):
     """With Accept: image/* one request gives the pixels, and says where they and their record are."""
-    response = post(json.dumps(SMALL), headers={"content-type": "application/json", "accept": "image/png, image/*;q=0.8"})
+    response = post(json.dumps(SMALL), headers={**JSON, "accept": "image/png, image/*;q=0.8"})
     assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
     assert response.content.startswith(b"\x89PNG")
     address = response.headers["content-location"].removesuffix("/0")
