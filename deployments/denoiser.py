@@ -57,7 +57,8 @@ class FluxDenoiser(Replica):
         *identities: "Identity",
     ) -> Picture:
         """Picture `number` of a request, for whom does not watch: an answer costs less than a stream."""
-        async with aclosing(self.watch(request, number, prompt, negative, *identities)) as events:
+        work = Work(request, number, prompt, negative, identities)
+        async with aclosing(self._events(work, previews=False)) as events:
             picture: Picture = await last(events)
         return picture
 
@@ -70,15 +71,20 @@ class FluxDenoiser(Replica):
         *identities: "Identity",
     ) -> AsyncGenerator[Event]:
         """The events of picture `number` of a request, the last of which is Done; raises what it failed with."""
-        self._start()
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         work = Work(request, number, prompt, negative, identities)
+        async with aclosing(self._events(work, previews=True)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, work: Work, previews: bool) -> AsyncGenerator[Event]:
+        self._start()
+        loop, events, request = asyncio.get_running_loop(), asyncio.Queue[Event](), work.request
         seconds = min(self._seconds, request.deadline_seconds or self._seconds)
 
         def listen(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ticket = self._engine.submit(work, listen, request.priority, seconds)
+        ticket = self._engine.submit(work, listen, request.priority, seconds, previews)
         self._submitted.set()
         try:
             while True:
@@ -96,9 +102,13 @@ class FluxDenoiser(Replica):
 
     def _start(self) -> None:
         if not self._drivers:  # not in __init__, which knows no event loop
-            steps = self._drive(self._engine.step, self._submitted, self._drawn.set)
+            steps = self._drive(self._engine.step, self._submitted, self._wake_finisher)
             finishes = self._drive(self._engine.finish, self._drawn, lambda: None)
             self._drivers = [asyncio.ensure_future(steps), asyncio.ensure_future(finishes)]
+
+    def _wake_finisher(self) -> None:
+        if self._engine.has_drawn:
+            self._drawn.set()
 
     async def _drive(self, turn: Callable[[], bool], wanted: asyncio.Event, after: Callable[[], None]) -> None:
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)

@@ -5,6 +5,7 @@ where there is none. Jobs that arrive together end on average at (B + 1) / 2 tim
 at t(B) / t(1) times it in one batch of B: so a batch pays only where t(B) / t(1) < (B + 1) / 2.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Shape(NamedTuple):
 
 
 class Curves:
-    """Seconds of a step by shape and number of rows."""
+    """Seconds of a step by shape and number of rows. One thread writes; others may read at the same time."""
 
     def __init__(self) -> None:
         self._seconds: dict[Shape, dict[int, float]] = {}
@@ -53,6 +54,10 @@ class Curves:
         curve = self._of(shape)
         known = curve.get(rows)
         curve[rows] = seconds if known is None else known + LEARNING * (seconds - known)
+
+    def forbid(self, shape: Shape, rows: int) -> None:
+        """Never again so many rows at once: they failed, and went well one by one."""
+        self._of(shape)[rows] = math.inf
 
     def seconds(self, shape: Shape, rows: int) -> float:
         """How long a step of `rows` rows takes; between and beyond measured points on straight lines."""
@@ -107,6 +112,7 @@ class Curves:
         """The curve of the shape with the nearest number of tokens, longer or shorter as that number is."""
         if not self._seconds:
             return {1: float(shape.tokens)}  # nothing is known: any unit will do to compare jobs, and no batch pays
-        nearest = min(self._seconds, key=lambda known: abs(known.tokens - shape.tokens))
+        # copies, made at once: another thread may write meanwhile
+        nearest = min(list(self._seconds), key=lambda known: abs(known.tokens - shape.tokens))
         scale = shape.tokens / nearest.tokens
-        return {rows: scale * seconds for rows, seconds in self._seconds[nearest].items()}
+        return {rows: scale * seconds for rows, seconds in list(self._seconds[nearest].items())}

@@ -59,6 +59,7 @@ class Ticket:
     submitted: float
     expires: float
     listener: Callable[[Event], None]
+    previews: bool
     cancelled: bool = False
     drawing: Any = None
     done: int = 0
@@ -109,14 +110,16 @@ class Engine:
         listener: Callable[[Event], None] = lambda _: None,
         priority: int = 0,
         seconds: float = math.inf,
+        previews: bool = True,
     ) -> Ticket:
         """Take a picture in. Its events go to `listener`, which must not take long; raises Overloaded.
 
-        Pictures of a higher `priority` go first. After `seconds` it fails with DeadlineExceeded.
+        Pictures of a higher `priority` go first. After `seconds` it fails with DeadlineExceeded. `previews`: whether
+        any is made.
         """
         now = self._clock()
         shape, steps = self._painter.shape(work), self._painter.steps(work)
-        ticket = Ticket(next(self._numbers), work, shape, steps, priority, now, now + seconds, listener)
+        ticket = Ticket(next(self._numbers), work, shape, steps, priority, now, now + seconds, listener, previews)
         others = [other for other in list(self._open.values()) if not other.cancelled]
         if len(others) >= self._max_jobs:
             raise Overloaded("The denoiser has all the work it can take; try again after the time in Retry-After.")
@@ -163,6 +166,11 @@ class Engine:
         else:
             self._end(ticket, Done(picture))
         return True
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether a picture waits to be decoded."""
+        return bool(self._drawn)
 
     def stepping_seconds(self) -> float:
         """How long the step that runs now has been running; 0 where none does."""
@@ -219,9 +227,11 @@ class Engine:
             self._painter.advance([ticket.drawing for ticket in begun])
         except Exception as error:  # of a batch nobody knows yet whose it is
             if len(begun) > 1:
-                return [ticket for ticket in begun if self._advance([ticket])]
-            self._tickets.remove(begun[0])
-            self._end(begun[0], Failed(error))
+                went_well = [ticket for ticket in begun if self._advance([ticket])]
+                if len(went_well) == len(begun):  # no row's fault: too many, say, for the memory
+                    self._curves.forbid(begun[0].shape, len(begun))
+                return went_well
+            self._drop(begun[0], error)
             return []
         return begun
 
@@ -230,10 +240,13 @@ class Engine:
             try:
                 ticket.drawing = self._painter.begin(ticket.work)
             except Exception as error:  # a mask that is no picture, say
-                self._tickets.remove(ticket)
-                self._end(ticket, Failed(error))
+                self._drop(ticket, error)
                 return False
         return True
+
+    def _drop(self, ticket: Ticket, error: Exception) -> None:
+        self._tickets.remove(ticket)
+        self._end(ticket, Failed(error))
 
     def _account(self, batch: list[Ticket], seconds: float) -> None:
         self._steps += 1
@@ -249,8 +262,11 @@ class Engine:
         if ticket.done == ticket.steps:
             self._tickets.remove(ticket)
             self._drawn.append(ticket)
-        elif self._preview_steps and ticket.done % self._preview_steps == 0:
-            ticket.listener(Previewed(self._painter.preview(ticket.drawing)))
+        elif ticket.previews and self._preview_steps and ticket.done % self._preview_steps == 0:
+            try:
+                ticket.listener(Previewed(self._painter.preview(ticket.drawing)))
+            except Exception as error:  # this picture's alone, and the engine goes on
+                self._drop(ticket, error)
 
     def _gone(self, ticket: Ticket) -> bool:
         """Whether a picture goes without being finished, as it was cancelled or is too late."""

@@ -62,6 +62,8 @@ class Painter:
             drawing.step += 1
 
     def preview(self, drawing):
+        if drawing.work.name == "no preview":
+            raise ValueError("out of memory")
         return f"{drawing.work.name} after {drawing.step}"
 
     def finish(self, drawing):
@@ -220,6 +222,42 @@ def test_a_failing_row_fails_alone(bench):
     bench.run()
     assert isinstance(bench.events["bad"][-1].error, RuntimeError)
     assert [bench.events[name][-1].picture for name in ("good", "fine")] == ["good after 3", "fine after 3"]
+
+
+def test_a_preview_that_fails_ends_its_picture_alone():
+    """The engine goes on; who asked for no previews has none that could fail."""
+    bench = Bench(preview_steps=1)
+    bench.submit(Work("no preview", 3))
+    bench.submit(Work("good", 3))
+    bench.run()
+    assert isinstance(bench.events["no preview"][-1], Failed)
+    assert isinstance(bench.events["good"][-1], Done)
+    bench.submit(Work("no preview", 3), previews=False)
+    bench.run()
+    assert isinstance(bench.events["no preview"][-1], Done)
+
+
+def test_rows_that_are_too_many_at_once_are_not_tried_again():
+    """A batch that fails though each of its rows goes well alone is never run at that size again."""
+    bench, curves = Bench(), Curves()
+    curves.measure(lambda shape, rows: SECONDS[shape][rows], SECONDS, 8)
+    engine = Engine(bench.painter, curves, clock=lambda: bench.painter.now)
+    tried, advance = [], bench.painter.advance
+
+    def small_card(drawings):
+        tried.append(len(drawings))
+        if len(drawings) > 2:
+            raise RuntimeError("out of memory")
+        advance(drawings)
+
+    bench.painter.advance = small_card
+    for number in range(3):
+        engine.submit(Work(str(number), 4, GAINING))
+    while any((engine.step(), engine.finish())):
+        pass
+    assert engine.stats().done == 3
+    assert tried.count(3) == 1
+    assert max(tried[4:]) == 2
 
 
 def test_a_picture_that_cannot_begin_or_end_fails_alone(bench):
