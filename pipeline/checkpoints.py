@@ -68,9 +68,7 @@ def dtype(settings: Settings) -> torch.dtype:
 
 
 def on_host(settings: Settings) -> Settings:
-    """The settings with which to read what a small card cannot hold as it is: into host memory, in the same dtype."""
-    if settings.acceleration.memory == "resident":
-        return settings
+    """The settings with which to read what the device cannot hold as it is: into host memory, in the same dtype."""
     return settings.model_copy(update={"device": "cpu", "dtype": str(dtype(settings)).removeprefix("torch.")})
 
 
@@ -82,7 +80,7 @@ def load_flux(files: WeightFiles, settings: Settings) -> "FluxTransformer2DModel
     from diffusers import FluxTransformer2DModel
 
     quantised.check(settings, device(settings))
-    reading = on_host(settings)
+    reading = on_host(settings) if quantised.reads_on_host(settings, device(settings)) else settings
     path = _existing(files.path("flux"))
     with _naming(path):
         if quantised.is_gguf(path):

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from pipeline.models.eva_clip import EvaClip
 from pipeline.models.flux import IdentityFlux, IdentityRow
 from pipeline.models.pulid import IDFormer, PulidCrossAttention
 from pipeline.models.sampling import image_ids
+from pipeline.settings import EngineSettings, MemoryMode, Settings
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -33,6 +34,7 @@ CROSS_ATTENTIONS = 20
 BF16, FP8 = 2.0, 1.0
 NF4 = 4 / 8 + 1 / 64 + 4 / (64 * 256)  # a byte of scale for 64 weights, and four for 256 scales: arXiv 2305.14314, 3
 Q4_K = 144 / 256  # GGUF: 144 bytes hold 256 weights with their scales
+QUANTISED = {"cast": FP8, "gguf": Q4_K, "nf4": NF4}  # the blocks' linear layers
 CARDS = (8, 12, 16, 24, 32, 48, 80, 96)  # GiB
 # Measured by others, on whole FLUX: diffusers' own benchmarks, L40S, one pass of 4096 + 512 tokens,
 # huggingface.co/datasets/diffusers/benchmarks. "by arithmetic": docs/settings.md shows it.
@@ -47,7 +49,7 @@ SPEED = {
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A memory mode: what stays on the card, and the most that drawing one picture adds, in bytes."""
+    """A memory mode: what stays on the card, and the most that drawing adds, in bytes."""
 
     name: str
     resident: dict[str, float]
@@ -55,7 +57,7 @@ class Mode:
 
     @property
     def total(self) -> float:
-        """Bytes on the card at the worst moment of a picture."""
+        """Bytes on the card at the worst moment."""
         return sum(self.resident.values()) + self.drawing
 
     @property
@@ -64,46 +66,53 @@ class Mode:
         return next(size for size in CARDS if self.total < 0.9 * size * 2**30)
 
 
-def modes() -> list[Mode]:
-    """The modes of `acceleration.memory`, with one picture of 1024 x 1024 pixels and one person."""
+def modes(engine: EngineSettings | None = None) -> list[Mode]:
+    """The modes of `acceleration.memory` with these settings, by default each with its own.
+
+    As many rows share a step as may, each a picture of 1024 x 1024 pixels with one person, while another picture is
+    decoded; and as many folded identities are kept as may be.
+    """
+    engine = EngineSettings() if engine is None else engine
     flux, vae, attentions = _networks()
     linears, modulation = quantised.block_linears(flux), quantised.modulation(flux)
     whole, blocks = _count([flux]), _count(linears.values())
     rest = whole - blocks - _count(modulation.values())
-    step, identity = step_bytes(flux, attentions)
-    drawing = step + decoding_bytes(vae)  # a picture is decoded beside the steps of others
+    decoding = decoding_bytes(vae)
     # what layers that are quantised hold while they run; FLUX's modulations of all steps
     widened = max(linear.weight.numel() for linear in linears.values()) * BF16
     table = STEPS * sum(layer.out_features for name, layer in modulation.items() if "norm" in name) * BF16
-    own = {"folded: a person, nobody": 2.0 * identity, "VAE": _count([vae]) * BF16}
     others = {
         "cross-attentions": _count(attentions) * BF16,
         "text and identity encoders": _count(_encoders()) * BF16,
     }
-    sizes = {"cast": FP8, "gguf": Q4_K, "nf4": NF4}
-    return [
-        Mode("resident", {"FLUX": whole * BF16, **own, **others}, drawing),
-        Mode("lean", {"FLUX": (blocks + rest) * BF16, **own}, drawing + table),
-        *(
-            Mode(name, {"FLUX": blocks * size + rest * BF16, **own}, drawing + table + widened)
-            for name, size in sizes.items()
-        ),
-    ]
+    each = {name: Settings(engine=engine, acceleration={"memory": name}) for name in get_args(MemoryMode)}
+    steps = {rows: step_bytes(flux, attentions, rows) for rows in {one.max_rows for one in each.values()}}
+    found = []
+    for name, settings in each.items():
+        step, identity = steps[settings.max_rows]
+        own = {"folded identities, nobody": float(settings.folded_bytes + identity), "VAE": _count([vae]) * BF16}
+        drawing = float(step + decoding)
+        if name == "resident":
+            found.append(Mode(name, {"FLUX": whole * BF16, **own, **others}, drawing))
+            continue
+        drawing += settings.max_rows * table + (widened if name in QUANTISED else 0)
+        found.append(Mode(name, {"FLUX": blocks * QUANTISED.get(name, BF16) + rest * BF16, **own}, drawing))
+    return found
 
 
-def step_bytes(flux: "FluxTransformer2DModel", attentions: list[PulidCrossAttention]) -> tuple[int, int]:
-    """The most that the tensors of one step take beside the weights, and what the folded identity takes."""
+def step_bytes(flux: "FluxTransformer2DModel", attentions: list[PulidCrossAttention], rows: int = 1) -> tuple[int, int]:
+    """The most that the tensors of one step take beside the weights, and what a folded identity takes."""
     edge = EDGE // 16
     model = IdentityFlux(flux, attentions, modulation="table")
     empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
     with torch.inference_mode():
         times, ids = torch.ones(1, device="meta"), image_ids(edge, edge).to("meta")
         identity = model.prepare(empty(1, 32, 2048))
-        row = model.conditioning(times, times, empty(1, 768))
-        person = IdentityRow(0, identity, torch.ones(1, 1, 1, device="meta"))
-        latents, text = empty(1, edge * edge, 64), empty(1, TEXT_TOKENS, 4096)
+        row = model.conditioning(times, times, empty(1, 768)).expand(rows, -1)
+        people = [IdentityRow(number, identity, torch.ones(1, 1, 1, device="meta")) for number in range(rows)]
+        latents, text = empty(rows, edge * edge, 64), empty(rows, TEXT_TOKENS, 4096)
         known = [*flux.parameters(), *_tensors(identity.layers), latents, text, row]
-        peak = live_bytes(lambda: model.predict(latents, times, None, text, row, ids, [person]), known)
+        peak = live_bytes(lambda: model.predict(latents, times.expand(rows), None, text, row, ids, people), known)
     return peak, identity.nbytes
 
 
@@ -157,7 +166,7 @@ class _Flash(TorchFunctionMode):
 
 def table(found: Iterable[Mode]) -> list[str]:
     """Modes as lines of text."""
-    lines = [f"FLUX.1-dev in bfloat16, one picture of {EDGE} x {EDGE}, {TEXT_TOKENS} text tokens; GB are 1e9 bytes."]
+    lines = [f"FLUX.1-dev in bfloat16, pictures of {EDGE} x {EDGE}, {TEXT_TOKENS} text tokens; GB are 1e9 bytes."]
     for mode in found:
         lines.append(f"\n{mode.name}: {mode.total / 1e9:.2f} GB, for a card of {mode.card} GiB")
         lines += [f"  {part:<28}{size / 1e9:>7.2f} GB" for part, size in mode.resident.items()]

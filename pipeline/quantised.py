@@ -5,9 +5,10 @@ last projection and PuLID's cross-attentions stay as they are; likeness suffers 
 the exception: its file says itself what is quantised.)
 """
 
+import importlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from pipeline.settings import Settings
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
+SMALL_CARD = 40e9  # bytes, below which FLUX in bfloat16 needs its modulation weights elsewhere
 FP8_CAPABILITY = (8, 9)  # NVIDIA Ada, the first with float8 products
 # attention's and the feed-forward's projections, by diffusers' names
 BLOCK_LINEAR = re.compile(
@@ -43,7 +45,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def check(settings: Settings, device: torch.device) -> None:
-    """Raises SettingsInvalid where settings contradict each other, or the device lacks what they need."""
+    """Raises SettingsInvalid where settings contradict each other, or device or installation lack what they need."""
     chosen = settings.acceleration
     gguf = settings.flux_file is not None and is_gguf(settings.flux_file)
     if gguf != (chosen.memory == "gguf"):
@@ -61,11 +63,35 @@ def check(settings: Settings, device: torch.device) -> None:
                 f"PULID_ACCELERATION__FP8 and PULID_ACCELERATION__MEMORY={chosen.memory} quantise the same layers; "
                 "set MEMORY to resident or lean, or FP8 to false."
             )
+        if settings.dtype not in ("auto", "bfloat16"):
+            raise SettingsInvalid(
+                f"PULID_ACCELERATION__FP8 multiplies bfloat16 only, and PULID_DTYPE is {settings.dtype}; set it to "
+                "auto or bfloat16, or FP8 to false."
+            )
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
             raise SettingsInvalid(
                 "PULID_ACCELERATION__FP8 needs an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper, "
                 "Blackwell); set it to false, or PULID_ACCELERATION__MEMORY=cast to save memory only."
             )
+        optional("torchao.quantization", "PULID_ACCELERATION__FP8", "fp8")
+    if chosen.memory == "nf4":
+        optional("bitsandbytes.nn", "PULID_ACCELERATION__MEMORY=nf4", "nf4")
+
+
+def modulation_mode(settings: Settings, device: torch.device) -> Literal["live", "table", "host"]:
+    """How FLUX's modulation is made: as set, or in each step, but for cards too small to hold its weights."""
+    if settings.acceleration.memory != "resident":
+        return "host"
+    if settings.engine.modulation != "auto":
+        return settings.engine.modulation
+    if device.type != "cuda":
+        return "live"
+    return "host" if torch.cuda.get_device_properties(device).total_memory < SMALL_CARD else "live"
+
+
+def reads_on_host(settings: Settings, device: torch.device) -> bool:
+    """Whether FLUX is read into host memory first, as the device is not to hold all of it in the form of its file."""
+    return settings.acceleration.fp8 or modulation_mode(settings, device) == "host"
 
 
 def place(transformer: "FluxTransformer2DModel", device: torch.device, settings: Settings) -> None:
@@ -83,7 +109,7 @@ def place(transformer: "FluxTransformer2DModel", device: torch.device, settings:
             to_cast(linear, dtype)
         elif chosen.memory == "nf4":
             transformer.set_submodule(name, to_nf4(linear, device, dtype))
-    staying = set() if chosen.memory == "resident" else set(modulation(transformer).values())
+    staying = set(modulation(transformer).values()) if modulation_mode(settings, device) == "host" else set()
     for module in transformer.modules():
         if module not in staying and not any(True for _ in module.children()):
             module.to(device)
@@ -98,15 +124,22 @@ def modulation(transformer: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def to_fp8(linear: nn.Linear) -> None:
-    """Weights and, in every call, activations of a layer in float8, each row with a scale of its own (torchao)."""
+def optional(module: str, setting: str, extra: str) -> Any:
+    """A module of a library that only this setting needs; raises SettingsInvalid where it is not installed."""
     try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+        return importlib.import_module(module)
     except ImportError as error:
         raise SettingsInvalid(
-            "PULID_ACCELERATION__FP8 needs torchao; install pulid-serve[fp8], or set it to false."
+            f"{setting} needs {module.partition('.')[0]}, which cannot be imported here; install pulid-serve[{extra}], "
+            "or change the setting."
         ) from error
-    quantize_(linear, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+def to_fp8(linear: nn.Linear) -> None:
+    """Weights and, in every call, activations of a layer in float8, each row with a scale of its own (torchao)."""
+    torchao = optional("torchao.quantization", "PULID_ACCELERATION__FP8", "fp8")
+    form = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
+    torchao.quantize_(linear, form)
 
 
 def to_cast(linear: nn.Linear, dtype: torch.dtype) -> None:
@@ -127,15 +160,10 @@ def to_nf4(linear: nn.Linear, device: torch.device, dtype: torch.dtype) -> nn.Mo
     bitsandbytes' layer is the one that diffusers' BitsAndBytesConfig puts in too, but only where FLUX is a folder.
     Raises SettingsInvalid.
     """
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise SettingsInvalid(
-            "PULID_ACCELERATION__MEMORY=nf4 needs bitsandbytes; install pulid-serve[nf4], or set another mode."
-        ) from error
+    layers = optional("bitsandbytes.nn", "PULID_ACCELERATION__MEMORY=nf4", "nf4")
     form = {"compress_statistics": True, "quant_type": "nf4"}
-    narrow = Linear4bit(linear.in_features, linear.out_features, False, dtype, device="meta", **form)
-    narrow.weight = Params4bit(linear.weight.data, requires_grad=False, **form)
+    narrow = layers.Linear4bit(linear.in_features, linear.out_features, False, dtype, device="meta", **form)
+    narrow.weight = layers.Params4bit(linear.weight.data, requires_grad=False, **form)
     narrow.bias = linear.bias
     return narrow.to(device).requires_grad_(False)  # type: ignore[no-any-return] # quantised on its way to the device
 
@@ -148,12 +176,9 @@ def load_gguf(path: Path, dtype: torch.dtype) -> "FluxTransformer2DModel":
     from diffusers import FluxTransformer2DModel
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
 
-    try:
-        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
-    except ImportError as error:
-        raise SettingsInvalid(
-            "PULID_FLUX_FILE ends in .gguf, which needs gguf; install pulid-serve[gguf], or set another file."
-        ) from error
+    optional("gguf", "A PULID_FLUX_FILE that ends in .gguf", "gguf")  # which diffusers imports
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
+
     config, state = single_file.translated(load_gguf_checkpoint(str(path)))
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(config)

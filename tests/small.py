@@ -8,6 +8,7 @@ from pipeline.denoise import FluxDenoiser
 from pipeline.faces import Face, FaceBox, Faces
 from pipeline.identity import Identity
 from pipeline.models.flux import IdentityFlux
+from pipeline.models.folding import folds
 from pipeline.models.pulid import PulidCrossAttention
 from pipeline.settings import Settings
 from pipeline.text import Text
@@ -34,7 +35,9 @@ def transformer(guidance_embeds: bool = True) -> FluxTransformer2DModel:
 
 
 def cross_attentions() -> list[PulidCrossAttention]:
-    modules = [fill(PulidCrossAttention(32, 16, 2, KV_DIM), f"pulid_ca.{index}.") for index in range(4)]
+    """Those of FLUX.1 in small: one photo or two are folded, of three the keys and values are cached."""
+    modules = [fill(PulidCrossAttention(32, 24, 2, KV_DIM), f"pulid_ca.{index}.") for index in range(4)]
+    assert [folds(modules[0], 32 * photos) for photos in (1, 2, 3)] == [True, True, False]
     return [module.requires_grad_(False) for module in modules]
 
 

@@ -116,14 +116,63 @@ def test_settings_that_cannot_be_had_say_what_to_set(values: dict[str, object], 
 
 
 def test_a_library_that_is_not_installed_is_named() -> None:
-    """4 bits without bitsandbytes say what to install."""
-    with pytest.raises(SettingsInvalid, match=r"pulid-serve\[nf4\]"):
-        quantised.place(small.transformer(), torch.device("cpu"), settings(memory="nf4"))
+    """It is said which setting needs what, and which extra installs it."""
+    with pytest.raises(SettingsInvalid, match=r"MEMORY=nf4 needs a_library, .*install pulid-serve\[nf4\]"):
+        quantised.optional("a_library.that_nobody_has", "PULID_ACCELERATION__MEMORY=nf4", "nf4")
 
 
-def test_the_lean_mode_reads_into_host_memory_in_the_dtype_of_the_device() -> None:
-    """Only `resident` reads straight onto the device."""
-    there = Settings(device="auto", dtype="bfloat16", acceleration={"memory": "lean"})
-    host = checkpoints.on_host(there)
+def test_four_bits_are_the_weights_up_to_their_rounding() -> None:
+    """The blocks' layers alone are in 4 bits, and FLUX draws what it drew but for a tenth."""
+    pytest.importorskip("bitsandbytes", reason="pulid-serve[nf4] is not installed")
+    narrow, plain = small_flux(), small_flux()
+    quantised.place(narrow, torch.device("cpu"), settings(memory="nf4"))
+    packed = {name for name, parameter in narrow.named_parameters() if parameter.dtype == torch.uint8}
+    assert packed == {f"{name}.weight" for name in quantised.block_linears(plain)}
+    assert not torch.equal(step(narrow), step(plain))
+    assert (step(narrow) - step(plain)).norm() < 0.1 * step(plain).norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torchao multiplies rows of float8 on a GPU only")
+def test_float8_is_the_layer_up_to_its_rounding() -> None:
+    """Weights and activations in float8 with a scale a row: a product is off by some hundredths."""
+    pytest.importorskip("torchao", reason="pulid-serve[fp8] is not installed")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 128).to("cuda", torch.bfloat16)
+    inputs = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+    expected = linear(inputs)
+    quantised.to_fp8(linear)
+    error = (linear(inputs) - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize(
+    ("values", "first"),
+    [
+        ({}, False),
+        ({"acceleration": {"memory": "lean"}}, True),
+        ({"acceleration": {"fp8": True}}, True),
+        ({"engine": {"modulation": "host"}}, True),
+        ({"engine": {"modulation": "table"}}, False),
+    ],
+)
+def test_what_the_device_is_not_to_hold_is_read_into_host_memory(values: dict[str, object], first: bool) -> None:
+    """All of FLUX at once, as its file has it, is for devices only that keep it so."""
+    assert quantised.reads_on_host(Settings(**values), torch.device("meta")) == first
+
+
+@pytest.mark.parametrize(
+    "values", [{"acceleration": {"memory": "lean"}}, {"engine": {"modulation": "host"}}, {"engine": {}}]
+)
+def test_what_stays_in_host_memory(values: dict[str, object]) -> None:
+    """The weights of the modulation, in `lean` and where it is `host`; all others go to the device, here meta."""
+    model = small.transformer()
+    expected = set() if values == {"engine": {}} else set(quantised.modulation(model))
+    quantised.place(model, torch.device("meta"), Settings(**values))
+    there = {name.rpartition(".")[0] for name, weight in model.named_parameters() if weight.device.type == "cpu"}
+    assert there == expected
+
+
+def test_host_memory_is_read_into_in_the_dtype_of_the_device() -> None:
+    """A CPU's own would be float32, twice as large."""
+    host = checkpoints.on_host(Settings(device="auto", dtype="bfloat16"))
     assert (host.device, host.dtype) == ("cpu", "bfloat16")
-    assert checkpoints.on_host(settings(memory="resident")) == settings(memory="resident")
