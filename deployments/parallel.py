@@ -1,24 +1,32 @@
 """Several GPUs for one FluxDenoiser replica: the bundles of its placement group, one rank each.
 
 The replica itself is rank 0, in the first bundle. In each other bundle it starts an actor, which holds the same FLUX,
-does what rank 0 announces (pipeline/context_parallel.py), and ends with the replica.
+does what rank 0 announces (pipeline/context_parallel.py), and ends with the replica. Where one fails its process ends,
+by which the replica becomes unhealthy and is replaced, all ranks with it.
 """
 
+import logging
+import os
 import socket
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from deployments.problems import unforeseen
 from pipeline import denoise
 from pipeline.errors import SettingsInvalid
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
+    from pipeline.context_parallel import LeadingFlux
     from pipeline.models.flux import IdentityFlux
 
+log = logging.getLogger(__name__)
 LoadFlux = Callable[[Settings], "IdentityFlux"]
 
 
@@ -54,11 +62,15 @@ class Rank:
         """Returns once FLUX is loaded; raises what stopped that."""
 
     def follow(self, rank: int, address: str) -> int:
-        """Work for rank 0 until it closes or is gone; how many identities were left then."""
+        """Work for rank 0 until it closes; how many identities were left then. Where that fails the process ends."""
         from pipeline import checkpoints, context_parallel
 
-        ranks, device = self._settings.acceleration.context_parallel, checkpoints.device(self._settings)
-        return context_parallel.follow(context_parallel.Share(self._flux, rank, ranks, address, device))
+        try:
+            ranks, device = self._settings.acceleration.context_parallel, checkpoints.device(self._settings)
+            return context_parallel.follow(context_parallel.Share(self._flux, rank, ranks, address, device))
+        except BaseException as error:
+            unforeseen(error, f"rank {rank} of a FluxDenoiser")
+            os._exit(1)  # rank 0 waits for this rank's share: only its connections, closing, tell that there is none
 
 
 class Ranks:
@@ -91,7 +103,18 @@ class Ranks:
         address = f"{_own_address()}:{_free_port()}"
         self.running = [actor.follow.remote(rank, address) for rank, actor in enumerate(self._actors, start=1)]
         ranks, device = self._settings.acceleration.context_parallel, checkpoints.device(self._settings)
-        return context_parallel.LeadingFlux(context_parallel.Share(flux, 0, ranks, address, device), others=self)
+        leading = context_parallel.LeadingFlux(context_parallel.Share(flux, 0, ranks, address, device), others=self)
+        for rank, running in enumerate(self.running, start=1):
+            running.future().add_done_callback(partial(_ended, leading, rank))
+        return leading
+
+
+def _ended(leading: "LeadingFlux", rank: int, running: "Future[int]") -> None:
+    """Also where no call is under way in which rank 0 would notice."""
+    error = running.exception()
+    if error is not None:  # else it was closed
+        log.error("rank %d of a FluxDenoiser has ended: %s", rank, type(error).__name__)
+        leading.lose()
 
 
 def _own_address() -> str:

@@ -9,7 +9,8 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, cast
@@ -18,13 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.errors import SettingsInvalid, WorkerUnavailable
 from pipeline.models.flux import IdentityFlux, IdentityRow
 from pipeline.models.folding import PreparedIdentity
 from pipeline.models.step_cache import StepCache
 
-# Between two pictures the other ranks wait, for as long as nobody asks for one. A rank that is gone is noticed at once,
-# as its connection closes; one that hangs, by engine.step_seconds.
-PATIENCE = timedelta(days=365)
+# For each other in a call that all have begun, and at start-up: longer than one of them may take to compile. gloo
+# notices sooner that a process has ended, as its connections close; NCCL does not.
+PATIENCE = timedelta(minutes=10)
+IDLE = timedelta(days=365)  # between two pictures the others wait for rank 0, for as long as nobody asks for one
 CPU = torch.device("cpu")
 
 
@@ -40,12 +43,14 @@ class Share:
 
     def __init__(self, flux: IdentityFlux, rank: int, ranks: int, address: str, device: torch.device) -> None:
         """Returns when all ranks have met at `address` (host:port), which rank 0 opens."""
-        backend = "cpu:gloo"  # announcements wait on the CPU, where waiting for hours is no fault
+        backend = "cpu:gloo"
         if device.type == "cuda":
             backend = "cpu:gloo,cuda:nccl"
             device = torch.device("cuda", device.index or 0)
             torch.cuda.set_device(device)
         dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=ranks, timeout=PATIENCE)
+        # Awaited on the CPU, whatever the device, and in a group of their own: nothing else may take so long.
+        self.announcements = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=IDLE))
         self.flux, self.device = flux, device
         self._rank, self._ranks = rank, ranks
         self._config = _enable(flux.transformer, rank, ranks, device)
@@ -96,16 +101,33 @@ class LeadingFlux:
         self._turn = threading.Lock()  # all ranks make the same calls in the same order
         self._numbers = 0
         self._unused: deque[int] = deque()
+        self._lost = False
+
+    def check(self) -> None:
+        """Raises WorkerUnavailable where a rank is gone or out of step: from then on no call can succeed."""
+        if self._lost:
+            raise WorkerUnavailable("The GPUs of this denoiser have lost each other; send the request again.")
+
+    def lose(self) -> None:
+        """Let no other call begin, as a rank is gone."""
+        self._lost = True
 
     def prepare(self, tokens: Tensor) -> SharedIdentity:
         """See IdentityFlux; every rank prepares, and keeps the result for as long as this one is in use."""
-        with self._turn:
-            self._numbers += 1
-            self._announce("prepare", self._numbers, [tokens])
-            identity = SharedIdentity(self._share.flux.prepare(tokens).layers, self._numbers)
-            weakref.finalize(identity, self._forget, self._numbers).atexit = False
-        self._forget()
-        return identity
+        try:
+            with self._turn:
+                self._numbers += 1
+                with self._in_step():
+                    self._announce("prepare", self._numbers, [tokens])
+                try:
+                    identity = SharedIdentity(self._share.flux.prepare(tokens).layers, self._numbers)
+                except BaseException:  # nobody waits for anybody in it, so the ranks are still in step
+                    self._unused.append(self._numbers)
+                    raise
+                weakref.finalize(identity, self._forget, self._numbers).atexit = False
+            return identity
+        finally:
+            self._forget()
 
     def conditioning(self, times: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
         """See IdentityFlux; this rank's own work, whose result is announced with each step."""
@@ -123,52 +145,74 @@ class LeadingFlux:
         step_cache: StepCache | None = None,
         text_ids: Tensor | None = None,  # noqa: ARG002 - each rank makes its own zeros
     ) -> Tensor:
-        """See IdentityFlux; without a step cache, as each rank would decide by its own share."""
+        """See IdentityFlux; without a step cache, as each rank would decide by its own share.
+
+        Raises WorkerUnavailable once the ranks are out of step, and SettingsInvalid where memory is short: the others
+        are then in the middle of a pass that this rank has left, so that a smaller one can no longer be tried.
+        """
         if step_cache is not None:
             raise ValueError("a step cache does not go with several ranks")
         people = list(people)
         rows = [(one.row, cast(SharedIdentity, one.identity).number, one.mask is not None) for one in people]
         tensors = [latents, timestep, guidance, text, pooled, ids]
         tensors += [tensor for one in people for tensor in (one.weight, one.mask)]
-        with self._turn:
-            self._announce("predict", (guidance is not None, rows), tensors)
-            velocity = self._share.predict(latents, timestep, guidance, text, pooled, ids, people)
+        try:
+            with self._turn, self._in_step():
+                self._announce("predict", (guidance is not None, rows), tensors)
+                velocity = self._share.predict(latents, timestep, guidance, text, pooled, ids, people)
+        except torch.OutOfMemoryError as error:
+            raise SettingsInvalid(
+                f"A pass of {len(latents)} rows of {latents.shape[1]} image tokens is too large for the GPUs that "
+                "share it; set PULID_ENGINE__MAX_ROWS lower, or ask for smaller pictures."
+            ) from error
         self._forget()
         return velocity
 
     def _forget(self, *numbers: int) -> None:
         """Let all ranks drop identities that are no longer in use: now, or when the call that is running is over."""
         self._unused.extend(numbers)
-        while self._unused and self._turn.acquire(blocking=False):
+        while self._unused and not self._lost and self._turn.acquire(blocking=False):
             try:
                 unused = [self._unused.popleft() for _ in range(len(self._unused))]
-                self._announce("forget", unused, [])
+                with suppress(RuntimeError, WorkerUnavailable), self._in_step():  # whoever calls next is told
+                    self._announce("forget", unused, [])
             finally:
                 self._turn.release()
 
     def close(self) -> None:
         """Let the other ranks end; no call may follow."""
         self._turn.acquire()  # for good
-        self._announce("close", None, [])
+        with self._in_step():
+            self._announce("close", None, [])
         dist.destroy_process_group()
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """What all ranks do together: where this one fails in it, nobody knows where the others are."""
+        self.check()
+        try:
+            yield
+        except BaseException:
+            self._lost = True
+            raise
 
     def _announce(self, call: str, details: Any, tensors: Sequence[Tensor | None]) -> None:
         there = [tensor for tensor in tensors if tensor is not None]
         forms = [(tensor.shape, tensor.dtype) for tensor in there]
-        dist.broadcast_object_list([(call, details, forms)], src=0, device=CPU)
+        dist.broadcast_object_list([(call, details, forms)], src=0, group=self._share.announcements, device=CPU)
         for tensor in there:
             dist.broadcast(tensor.to(self._share.device).contiguous(), src=0)
 
 
 def follow(share: Share) -> int:
-    """Do with a rank's share what rank 0 announces, until that closes; raises RuntimeError where rank 0 is gone.
+    """Do with a rank's share what rank 0 announces, until that closes; how many identities it still had.
 
-    Returns how many identities it still had.
+    Raises RuntimeError where rank 0 is gone. Whatever it raises, the process has to end: only that tells the others.
     """
     identities: dict[int, PreparedIdentity] = {}
     with torch.inference_mode():
         while True:
-            call, details, tensors = _heard(share.device)
+            call, details, tensors = _heard(share)
             if call == "close":
                 dist.destroy_process_group()
                 return len(identities)
@@ -198,11 +242,11 @@ def _follow_pass(
     share.predict(latents, timestep, guidance, text, pooled, ids, people)
 
 
-def _heard(device: torch.device) -> tuple[str, Any, deque[Tensor]]:
+def _heard(share: Share) -> tuple[str, Any, deque[Tensor]]:
     announced: list[Any] = [None]
-    dist.broadcast_object_list(announced, src=0, device=CPU)
+    dist.broadcast_object_list(announced, src=0, group=share.announcements, device=CPU)
     call, details, forms = announced[0]
-    tensors = deque(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms)
+    tensors = deque(torch.empty(shape, dtype=dtype, device=share.device) for shape, dtype in forms)
     for tensor in tensors:
         dist.broadcast(tensor, src=0)
     return call, details, tensors

@@ -1,5 +1,9 @@
 """Two ranks on two processes of this machine (gloo): what several GPUs would compute of one picture."""
 
+import os
+import signal
+import time
+
 import pytest
 import ray
 import torch
@@ -8,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments import parallel
 from pipeline.acceleration import compile_flux
-from pipeline.errors import SettingsInvalid
+from pipeline.errors import PipelineError, SettingsInvalid, WorkerUnavailable
 from pipeline.models.flux import IdentityFlux, IdentityRow
 from pipeline.models.sampling import image_ids
 from pipeline.settings import Settings
@@ -53,6 +57,25 @@ def answers(flux) -> list[torch.Tensor]:
     return found
 
 
+class Raising(IdentityFlux):
+    def predict(self, *inputs):
+        raise torch.OutOfMemoryError("a secret")
+
+
+class Killed(IdentityFlux):
+    def predict(self, *inputs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Unprepared(IdentityFlux):
+    def prepare(self, tokens):
+        raise torch.OutOfMemoryError("a secret")
+
+
+def loader(kind: type[IdentityFlux]):
+    return lambda settings: kind(small.transformer(), small.cross_attentions(), modulation="table")
+
+
 class Replica:
     """Stands where a FluxDenoiser's replica does: an actor in the first bundle of a placement group."""
 
@@ -64,14 +87,50 @@ class Replica:
         assert ray.get(ranks.running) == [0]  # identities left with the other rank
         return found
 
+    def loses(self, ours: type[IdentityFlux], theirs: type[IdentityFlux]) -> tuple[float, list[Exception]]:
+        """Seconds until the first pass has failed, and what it, a second one and the health check raised."""
+        ranks = parallel.Ranks(SETTINGS, loader(theirs))
+        leading = ranks.lead(loader(ours)(SETTINGS))
+        raised, ended = [], [time.monotonic()]
+        for call in (lambda: answers(leading), lambda: answers(leading), leading.check):
+            try:
+                call()
+            except (RuntimeError, PipelineError) as error:
+                raised.append(error)
+            ended.append(time.monotonic())
+        return ended[1] - ended[0], raised
 
-def in_a_group(bundles: int):
+    def loses_while_idle(self) -> str:
+        """What the health check raises when the other rank has ended between two passes."""
+        ranks = parallel.Ranks(SETTINGS, load_flux)
+        leading = ranks.lead(load_flux(SETTINGS))
+        ray.kill(ranks._actors[0])
+        give_up = time.monotonic() + 20
+        while time.monotonic() < give_up:
+            try:
+                leading.check()
+            except WorkerUnavailable as error:
+                return str(error)
+        return "nothing"
+
+    def goes_on(self) -> bool:
+        """Whether the ranks draw on after rank 0 could not prepare an identity."""
+        ranks = parallel.Ranks(SETTINGS, load_flux)
+        leading = ranks.lead(loader(Unprepared)(SETTINGS))
+        with pytest.raises(torch.OutOfMemoryError):
+            leading.prepare(torch.zeros(1, 32, 32))
+        leading.check()
+        leading.close()
+        return ray.get(ranks.running) == [0]
+
+
+def in_a_group(bundles: int, call: str = "answers", *arguments):
     """What a replica in a placement group of so many bundles answers."""
     group = placement_group([{"CPU": 1}] * bundles, strategy="STRICT_PACK")
     try:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         replica = ray.remote(Replica).options(num_cpus=1, scheduling_strategy=strategy).remote()
-        return ray.get(replica.answers.remote())
+        return ray.get(getattr(replica, call).remote(*arguments), timeout=120)
     finally:
         remove_placement_group(group)
 
@@ -80,6 +139,32 @@ def test_two_ranks_draw_what_one_draws(ray_here) -> None:
     """Even and uneven shares of the tokens, masks included, equal one process's passes; no identity is left behind."""
     for ours, expected in zip(in_a_group(2), answers(plain_flux()), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Raising, Killed])
+def test_a_rank_that_fails_is_noticed(ray_here, kind) -> None:
+    """Whether the other rank raises or is killed in a pass: rank 0 fails within seconds, and never tries again."""
+    seconds, (first, *later) = in_a_group(2, "loses", IdentityFlux, kind)
+    assert seconds < 20
+    assert isinstance(first, RuntimeError)
+    assert [type(error) for error in later] == [WorkerUnavailable] * 2
+
+
+def test_a_rank_that_ends_between_two_passes_is_noticed(ray_here) -> None:
+    """The health check fails before anybody asks for a picture."""
+    assert "lost each other" in in_a_group(2, "loses_while_idle")
+
+
+def test_rank_0_never_goes_on_out_of_step(ray_here) -> None:
+    """Where it runs out of memory in a pass it says which setting to lower, and then that its group is of no use."""
+    _, (first, *later) = in_a_group(2, "loses", Raising, IdentityFlux)
+    assert (type(first), "MAX_ROWS" in str(first)) == (SettingsInvalid, True)
+    assert [type(error) for error in later] == [WorkerUnavailable] * 2
+
+
+def test_an_identity_that_cannot_be_prepared_costs_nobody_else(ray_here) -> None:
+    """No rank waits for another in it: the group goes on, and the others forget that identity."""
+    assert in_a_group(2, "goes_on")
 
 
 def test_a_replica_without_a_bundle_for_each_rank_is_refused(ray_here) -> None:

@@ -173,6 +173,9 @@ class IdentityFlux(nn.Module):
 
     predict = forward
 
+    def check(self) -> None:
+        """Raises where no pass can succeed any more: never, but among several GPUs (pipeline/context_parallel.py)."""
+
     def prepare(self, tokens: Tensor) -> PreparedIdentity:
         """An identity (1, T, kv_dim) for every step to come; see pipeline/models/folding.py."""
         return prepare(self._cross_attentions, tokens)
