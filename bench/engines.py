@@ -157,13 +157,13 @@ def _identity(size: Size, seed: int) -> Identity:
 class Always(Curves):
     """The rule's opposite: as many rows together as there are."""
 
-    def best_rows(self, shape: Shape, jobs: int, max_rows: int) -> int:  # noqa: ARG002 - the shape plays no part
+    def best_jobs(self, shape: Shape, rows: Sequence[int], max_rows: int) -> int:  # noqa: ARG002 - the shape plays no part
         """All of them."""
-        return min(jobs, max_rows)
+        return min(len(rows), max_rows)
 
-    def width(self, shape: Shape, rows: int) -> int:  # noqa: ARG002
-        """All of them."""
-        return rows
+    def width(self, shape: Shape, rows: int, max_rows: int) -> int:  # noqa: ARG002
+        """As many as there are, or may be."""
+        return min(rows, max_rows)
 
 
 @dataclass(slots=True)

@@ -1,9 +1,11 @@
 """FluxDenoiser: Request, Text, Identities -> Picture (FLUX loop, VAE)."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.caches import Cache
+from pipeline.caches import Cache, folded_cache
 from pipeline.curves import Curves
 from pipeline.drawing import Work
 from pipeline.engine import Engine
@@ -17,14 +19,13 @@ from pipeline.text import Text
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from torch import Tensor, device
+    from torch import Tensor
 
     from pipeline.models.flux import IdentityFlux
 
 TEXT_TOKENS = 128  # what a prompt has unless more are asked for
 MINIATURE_SIZES = ("256x256", "512x512")
 SIZES = ("512x512", "896x1152", "1024x1024")
-SMALL_CARD = 40e9  # bytes, below which FLUX in bfloat16 needs its modulation weights elsewhere
 
 
 class FluxDenoiser:
@@ -40,20 +41,21 @@ class FluxDenoiser:
         settings: Settings | None = None,
     ) -> None:
         """`uncond`: the identity tokens of nobody (1, 32, 2048), a constant of the checkpoint."""
+        from pipeline.acceleration import compile_mode
         from pipeline.models.folding import PreparedIdentity
         from pipeline.painter import FluxPainter
 
         settings = Settings() if settings is None else settings
-        self._settings = settings.engine
+        self._flux, self._uncond = flux, uncond
+        self._settings, self._max_rows = settings.engine, settings.max_rows
         self._sizes = settings.engine.sizes or (MINIATURE_SIZES if settings.preset == "miniature" else SIZES)
+        self._compiled = compile_mode(settings, uncond.device)
         self._curves = Curves()
-        self._folded: Cache[PreparedIdentity] = Cache(
-            settings.engine.folded_bytes, lambda identity: identity.nbytes, settings.cache.identity_seconds
-        )
+        self._folded: Cache[PreparedIdentity] = folded_cache(settings, lambda identity: identity.nbytes)
         self.painter = FluxPainter(
             *(flux, vae, uncond, models, self._folded, self._curves),
             shift=shift,
-            max_rows=settings.engine.max_rows,
+            max_rows=settings.max_rows,
             step_cache=settings.acceleration.step_cache,
         )
 
@@ -68,6 +70,7 @@ class FluxDenoiser:
         from pipeline import acceleration, checkpoints
         from pipeline.weights import PRESETS
 
+        acceleration.check(settings)  # before anything is read, which takes minutes
         files, sizes = checkpoints.files(settings), checkpoints.sizes(settings)
         with torch.inference_mode():
             uncond = checkpoints.load_idformer(files, settings).unconditional(sizes.face_tokens)
@@ -76,44 +79,60 @@ class FluxDenoiser:
         models, shift = files.hashes("flux", "vae", "pulid"), PRESETS[settings.preset].shift
         return cls(around(flux), vae, uncond, models, shift, settings)
 
-    def denoise(
+    def denoise(  # noqa: PLR0913 - what belongs to the picture, and its end
         self,
         request: Request,
         number: int,
         text: Text,
         negative: Text | None,
         *identities: Identity,
+        expires: float | None = None,
         on_step: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Picture:
         """Picture `number` of a request that has a seed; `identities` are those of its people, in order.
 
-        `on_step(done, total)` is called after every step. `cancelled` is asked before every step, and makes it raise
-        Cancelled. Raises MaskUnreadable, and PictureInvalid where the numbers are no picture.
+        From `expires` on (seconds since 1970) it raises DeadlineExceeded. `on_step(done, total)` is called after every
+        step. `cancelled` is asked before every step, and makes it raise Cancelled. Raises MaskUnreadable, and
+        PictureInvalid where the numbers are no picture.
         """
         engine = Engine(self.painter, self._curves, max_jobs=1, max_rows=1)
         work = Work(request, number, text, negative, identities)
-        picture: Picture = draw(engine, work, on_step, cancelled)
+        picture: Picture = draw(engine, work, on_step, cancelled, expires)
         return picture
 
     def purge(self) -> None:
         """Forget folded identities whose time is over."""
         self._folded.purge()
 
+    def check(self) -> None:
+        """Raises WorkerUnavailable where it can draw no more, as a GPU that it shares its work with is gone."""
+        self._flux.check()
+
+    def compiler_idle_seconds(self) -> float:
+        """Seconds since torch.compile last worked: 0 while it does, infinity before it ever has."""
+        from pipeline.compiling import clock
+
+        return clock.idle_seconds()
+
     def engine(self) -> Engine:
-        """An engine for many pictures at once; how long its steps take is measured first."""
+        """An engine for many pictures at once; its steps are compiled first, and how long they take is measured."""
+        from pipeline.rehearsal import dry_passes, warm_up
+
         settings = self._settings
         shapes = [self.painter.shape_of(width, height, TEXT_TOKENS) for width, height in map(pixels, self._sizes)]
-        self._curves.measure(self.painter.seconds, shapes, settings.max_rows)
-        return Engine(self.painter, self._curves, settings.max_jobs, settings.max_rows, settings.preview_steps)
+        warm_up(self._flux, self._uncond, dry_passes(self._compiled, shapes, self._max_rows))
+        self._curves.measure(self.painter.seconds, shapes, self._max_rows)
+        return Engine(self.painter, self._curves, settings.max_jobs, self._max_rows, settings.preview_steps)
 
 
 def load_flux(settings: Settings) -> "IdentityFlux":
     """Read FLUX and PuLID's cross-attentions from the preset's files; raises WeightsError, SettingsInvalid."""
-    from pipeline import checkpoints
+    from pipeline import acceleration, checkpoints, quantised
     from pipeline.models.flux import IdentityFlux
     from pipeline.weights import PRESETS
 
+    acceleration.check(settings)
     files, sizes = checkpoints.files(settings), checkpoints.sizes(settings)
     preset, transformer = PRESETS[settings.preset], checkpoints.load_flux(files, settings)
     if bool(transformer.config.guidance_embeds) != preset.guidance:
@@ -121,8 +140,9 @@ def load_flux(settings: Settings) -> "IdentityFlux":
             f"{files.path('flux')} is not the FLUX of the preset {preset.name}: only dev models have a guidance "
             "embedding, schnell has none; set PULID_PRESET to the preset that fits the file."
         )
-    attentions = checkpoints.load_cross_attentions(files, checkpoints.on_host(settings))
-    made = modulation(settings, checkpoints.device(settings))
+    lean = settings.acceleration.memory != "resident"
+    attentions = checkpoints.load_cross_attentions(files, checkpoints.on_host(settings) if lean else settings)
+    made = quantised.modulation_mode(settings, checkpoints.device(settings))
     try:
         return IdentityFlux(transformer, attentions, sizes.double_interval, sizes.single_interval, made)
     except ValueError as error:
@@ -134,6 +154,7 @@ def draw(
     work: Work,
     on_step: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    expires: float | None = None,
 ) -> Any:
     """The picture of one work, with an engine that has no other; raises what it failed with."""
     ended: list[Done | Failed] = []
@@ -144,7 +165,7 @@ def draw(
         elif isinstance(event, Done | Failed):
             ended.append(event)
 
-    ticket = engine.submit(work, listen)
+    ticket = engine.submit(work, listen, seconds=math.inf if expires is None else expires - time.time())
     while not ended:
         if cancelled is not None and cancelled():
             engine.cancel(ticket)
@@ -159,16 +180,3 @@ def pixels(size: str) -> tuple[int, int]:
     """WIDTHxHEIGHT as two numbers."""
     width, height = size.split("x")
     return int(width), int(height)
-
-
-def modulation(settings: Settings, where: "device") -> str:
-    """How FLUX's modulation is made: as set, or in each step, but for cards too small to hold its weights."""
-    import torch
-
-    if settings.acceleration.memory != "resident":
-        return "host"
-    if settings.engine.modulation != "auto":
-        return settings.engine.modulation
-    if where.type != "cuda":
-        return "live"
-    return "host" if torch.cuda.get_device_properties(where).total_memory < SMALL_CARD else "live"

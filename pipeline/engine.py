@@ -2,24 +2,29 @@
 
     submit(work) -> ticket      step()      finish()      cancel(ticket)
 
-Each `step` chooses which pictures go on, and lets those of one shape share a forward pass where that was measured to
-pay. So a newcomer is considered within one step, a short job is not held behind a long one, and whoever is cancelled or
-too late leaves at the next step. The engine knows no Ray, no threads and no tensors: a Painter does the work. `submit`
-and `cancel` may be called while `step` and `finish` run, each in a thread of its own.
+Each `step` chooses which pictures go on (pipeline/schedule.py), and lets those of one shape share a forward pass where
+that was measured to pay. So a newcomer is considered within one step, a short job is not held behind a long one, and
+whoever is cancelled or too late leaves at the next step. The engine knows no Ray, no threads and no tensors: a Painter
+does the work. `submit` and `cancel` may be called while `step` and `finish` run, each in a thread of its own.
 """
 
 import itertools
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from pipeline.curves import Curves, Shape
-from pipeline.errors import Cancelled, DeadlineExceeded, Overloaded
+from pipeline.errors import Cancelled, DeadlineExceeded
 from pipeline.events import Done, Event, Failed, Previewed, Queued, Stepped
+from pipeline.schedule import Schedule, Ticket
+
+BEGINNING = 0.1  # of a step: how long newcomers may hold it up, of which one always begins
 
 
 class Painter(Protocol):
@@ -46,24 +51,8 @@ class Painter(Protocol):
     def finish(self, drawing: Any) -> Any:
         """The finished picture; raises PictureInvalid where the numbers are none."""
 
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A picture in the engine; only the engine changes it."""
-
-    number: int
-    work: Any
-    shape: Shape
-    steps: int
-    priority: int
-    submitted: float
-    expires: float
-    listener: Callable[[Event], None]
-    previews: bool
-    cancelled: bool = False
-    drawing: Any = None
-    done: int = 0
-    overtaken: float = 0.0  # seconds in which pictures that came later went on and this one did not
+    def relieve(self, error: Exception) -> bool:
+        """Whether something failed for want of memory; what is free is then given back to the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +67,13 @@ class EngineStats:
     done: int
     failed: int
     cancelled: int
+    previews_failed: int
 
 
 class Engine:
-    """Schedules pictures over one Painter."""
+    """Draws the pictures of its tickets with one Painter."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - who draws, what it takes, and four bounds
         self,
         painter: Painter,
         curves: Curves,
@@ -91,18 +81,21 @@ class Engine:
         max_rows: int = 8,
         preview_steps: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        max_begun: int | None = None,
     ) -> None:
-        """`preview_steps`: a preview after every so many steps; 0: none."""
-        self._painter, self._curves, self._clock = painter, curves, clock
-        self._max_jobs, self._max_rows, self._preview_steps = max_jobs, max_rows, preview_steps
+        """`preview_steps`: a preview after every so many steps; 0: none.
+
+        `max_begun`: pictures that have begun and not ended, each of which holds memory; None: all.
+        """
+        self._painter, self._curves, self._clock, self._preview_steps = painter, curves, clock, preview_steps
+        self._schedule = Schedule(painter, curves, max_jobs, max_rows, max_jobs if max_begun is None else max_begun)
         self._numbers = itertools.count(1)
         self._open: dict[int, Ticket] = {}  # all that have not ended
         self._incoming: deque[Ticket] = deque()
         self._tickets: list[Ticket] = []  # only `step` touches it
         self._drawn: deque[Ticket] = deque()
-        self._stepping: float | None = None
         self._ending = threading.Lock()  # `step` and `finish` both end pictures
-        self._steps = self._rows = self._done = self._failed = self._cancelled = 0
+        self._steps = self._rows = self._done = self._failed = self._cancelled = self._previews_failed = 0
 
     def submit(
         self,
@@ -112,19 +105,16 @@ class Engine:
         seconds: float = math.inf,
         previews: bool = True,
     ) -> Ticket:
-        """Take a picture in. Its events go to `listener`, which must not take long; raises Overloaded.
+        """Take a picture in. Its events go to `listener`, which must not take long.
 
-        Pictures of a higher `priority` go first. After `seconds` it fails with DeadlineExceeded. `previews`: whether
-        any is made.
+        Pictures of a higher `priority` go first. After `seconds` it fails with DeadlineExceeded, as it does at once
+        where it could not be in time if it were alone; raises Overloaded. `previews`: whether any is made.
         """
         now = self._clock()
         shape, steps = self._painter.shape(work), self._painter.steps(work)
-        ticket = Ticket(next(self._numbers), work, shape, steps, priority, now, now + seconds, listener, previews)
+        ticket = Ticket(next(self._numbers), work, shape, steps, priority, now + seconds, listener, previews)
         others = [other for other in list(self._open.values()) if not other.cancelled]
-        if len(others) >= self._max_jobs:
-            raise Overloaded("The denoiser has all the work it can take; try again after the time in Retry-After.")
-        if now + self._earliest(ticket, others) > ticket.expires:
-            raise Overloaded("The denoiser cannot finish the picture in its time; try later, or give it more time.")
+        self._schedule.admit(ticket, others, now)
         listener(Queued(len(others)))
         self._open[ticket.number] = ticket
         self._incoming.append(ticket)
@@ -135,21 +125,22 @@ class Engine:
         ticket.cancelled = True
 
     def step(self) -> bool:
-        """One step of the pictures whose turn it is; False where none is left to draw."""
+        """One step of the pictures whose turn it is; False where none can go on before another ends."""
         while self._incoming:
             self._tickets.append(self._incoming.popleft())
         self._tickets = [ticket for ticket in self._tickets if not self._gone(ticket)]
-        batch = self._choose()
-        if not batch:
+        started = self._clock()
+        chosen = self._schedule.choose(self._tickets, self._begun(), started)
+        if not chosen:
             return False
-        self._stepping = started = self._clock()
-        try:
+        batch = self._begin(chosen, started)
+        if batch:
             advanced = self._advance(batch)
-        finally:
-            self._stepping = None
-        self._account(batch, self._clock() - started)
-        for ticket in advanced:
-            self._tell_progress(ticket)
+            self._steps += 1
+            self._rows += len(batch)
+            self._schedule.account(self._tickets, batch, self._clock() - started)
+            for ticket in advanced:
+                self._tell_progress(ticket)
         return True
 
     def finish(self) -> bool:
@@ -159,10 +150,10 @@ class Engine:
         ticket = self._drawn.popleft()
         if self._gone(ticket):
             return True
-        try:
-            picture = self._painter.finish(ticket.drawing)
-        except Exception as error:  # whatever it is, it is this picture's alone
-            self._end(ticket, Failed(error))
+        picture = attempt(partial(self._painter.finish, ticket.drawing))
+        if isinstance(picture, Exception):  # whatever it is, it is this picture's alone
+            self._end(ticket, Failed(picture))
+            self._painter.relieve(picture)
         else:
             self._end(ticket, Done(picture))
         return True
@@ -172,89 +163,65 @@ class Engine:
         """Whether a picture waits to be decoded."""
         return bool(self._drawn)
 
-    def stepping_seconds(self) -> float:
-        """How long the step that runs now has been running; 0 where none does."""
-        started = self._stepping
-        return 0.0 if started is None else self._clock() - started
-
     def stats(self) -> EngineStats:
         """Counts until now."""
         tickets = list(self._open.values())
         drawn = sum(ticket.done == ticket.steps for ticket in tickets)
         running = sum(ticket.drawing is not None for ticket in tickets) - drawn
         waiting = len(tickets) - running - drawn
-        counts = self._steps, self._rows, self._done, self._failed, self._cancelled
+        counts = self._steps, self._rows, self._done, self._failed, self._cancelled, self._previews_failed
         return EngineStats(waiting, running, drawn, *counts)
 
-    def _earliest(self, ticket: Ticket, others: Sequence[Ticket]) -> float:
-        """Seconds until a picture ends at best: what goes first, in passes shared as well as can be, then its own."""
-        if not self._curves.known:
-            return 0.0
-        first = [other for other in others if self._rank(other) < self._rank(ticket)]
-        if not first:
-            return 0.0  # whoever would run at once is taken: if the curve is wrong, the picture itself corrects it
-        shared = sum(self._left(other) / self._curves.gain(other.shape, self._max_rows) for other in first)
-        return shared + self._left(ticket)
+    def _begun(self) -> int:
+        return sum(ticket.drawing is not None for ticket in list(self._open.values()))
 
-    def _choose(self) -> list[Ticket]:
-        """The pictures that go on: the first in rank, and of its shape as many as end sooner together."""
-        if len(self._tickets) < 2:
-            return list(self._tickets)
-        ranked = sorted(self._tickets, key=self._rank)
-        first = ranked[0]
-        alike = [t for t in ranked if t.shape == first.shape and t.priority == first.priority]
-        return alike[: self._curves.best_rows(first.shape, len(alike), self._max_rows)]
+    def _begin(self, chosen: list[Ticket], started: float) -> list[Ticket]:
+        """The chosen whose drawings are there. Newcomers that would hold up the others begin in later steps."""
+        batch, begins = [], False
+        patience = BEGINNING * self._curves.seconds(chosen[0].shape, 1) if self._curves.known else 0.0
+        for ticket in chosen:
+            if ticket.drawing is None:
+                if begins and self._clock() - started > patience:
+                    continue
+                begins = True
+                self._begin_one(ticket)
+            if ticket.drawing is not None:
+                batch.append(ticket)
+        return batch
 
-    def _rank(self, ticket: Ticket) -> tuple[Any, ...]:
-        """What has the least left to do goes first, as that makes the mean wait the shortest; of equals, the older.
-
-        Nobody is overtaken by later ones for longer than its own work takes, so that long jobs end too.
-        """
-        patient = ticket.overtaken < self._left(ticket, done=0)
-        return -ticket.priority, *((1, self._left(ticket)) if patient else (0, 0.0)), ticket.number
-
-    def _left(self, ticket: Ticket, done: int | None = None) -> float:
-        """Seconds of a picture's own steps, alone, from `done` on; from where it is."""
-        passes = self._painter.passes(ticket.work, ticket.done if done is None else done)
-        return passes * self._curves.seconds(ticket.shape, 1)
+    def _begin_one(self, ticket: Ticket) -> None:
+        drawing = attempt(partial(self._painter.begin, ticket.work))
+        if not isinstance(drawing, Exception):
+            ticket.drawing = drawing
+            return
+        scarce, begun = self._painter.relieve(drawing), self._begun()
+        if scarce and begun:
+            ticket.room = begun  # until one of those ends
+        else:
+            self._drop(ticket, drawing)  # a mask that is no picture, say
 
     def _advance(self, batch: list[Ticket]) -> list[Ticket]:
-        """Step a batch; where that fails, each row by itself, so that only the failing one ends."""
-        begun = [ticket for ticket in batch if self._begun(ticket)]
-        if not begun:
+        """Step a batch; where that fails, each picture by itself, so that only the failing one ends."""
+        failure = attempt(partial(self._painter.advance, [ticket.drawing for ticket in batch]))
+        if failure is None:
+            return batch
+        scarce = self._painter.relieve(failure)
+        if len(batch) == 1 and not scarce:
+            self._drop(batch[0], failure)
             return []
-        try:
-            self._painter.advance([ticket.drawing for ticket in begun])
-        except Exception as error:  # of a batch nobody knows yet whose it is
-            if len(begun) > 1:
-                went_well = [ticket for ticket in begun if self._advance([ticket])]
-                if len(went_well) == len(begun):  # no row's fault: too many, say, for the memory
-                    self._curves.forbid(begun[0].shape, len(begun))
-                return went_well
-            self._drop(begun[0], error)
-            return []
-        return begun
+        del failure
+        return [ticket for ticket in batch if self._advance_alone(ticket)]
 
-    def _begun(self, ticket: Ticket) -> bool:
-        if ticket.drawing is None:
-            try:
-                ticket.drawing = self._painter.begin(ticket.work)
-            except Exception as error:  # a mask that is no picture, say
-                self._drop(ticket, error)
-                return False
-        return True
+    def _advance_alone(self, ticket: Ticket) -> bool:
+        failure = attempt(partial(self._painter.advance, [ticket.drawing]))
+        if failure is not None:
+            self._drop(ticket, failure)
+            self._painter.relieve(failure)
+        return failure is None
 
     def _drop(self, ticket: Ticket, error: Exception) -> None:
         self._tickets.remove(ticket)
         self._end(ticket, Failed(error))
-
-    def _account(self, batch: list[Ticket], seconds: float) -> None:
-        self._steps += 1
-        self._rows += len(batch)
-        youngest = max(ticket.number for ticket in batch)
-        for ticket in self._tickets:
-            if ticket.number < youngest and ticket not in batch:
-                ticket.overtaken += seconds
 
     def _tell_progress(self, ticket: Ticket) -> None:
         ticket.done += 1
@@ -263,10 +230,12 @@ class Engine:
             self._tickets.remove(ticket)
             self._drawn.append(ticket)
         elif ticket.previews and self._preview_steps and ticket.done % self._preview_steps == 0:
-            try:
-                ticket.listener(Previewed(self._painter.preview(ticket.drawing)))
-            except Exception as error:  # this picture's alone, and the engine goes on
-                self._drop(ticket, error)
+            pixels = attempt(partial(self._painter.preview, ticket.drawing))
+            if isinstance(pixels, Exception):  # the picture itself may be fine
+                self._previews_failed += 1
+                self._painter.relieve(pixels)
+            else:
+                ticket.listener(Previewed(pixels))
 
     def _gone(self, ticket: Ticket) -> bool:
         """Whether a picture goes without being finished, as it was cancelled or is too late."""
@@ -290,3 +259,19 @@ class Engine:
             else:
                 self._failed += 1
         ticket.listener(event)
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What a call gives, or the exception that it raised, which still tells where but keeps nothing from there alive.
+
+    An exception holds the frames that it passed, and these hold tensors; what is tried next may need their memory.
+    """
+    try:
+        return call()
+    except Exception as error:
+        raised = [error]  # popped below: a name here would hold it, and its traceback this frame
+    for linked in (raised[0], raised[0].__cause__, raised[0].__context__):
+        if linked is not None:
+            traceback.clear_frames(linked.__traceback__)
+    del linked
+    return raised.pop()

@@ -17,10 +17,11 @@ from pipeline.drawing import Conditioning, Drawing, Generation, Presence, Row, W
 from pipeline.errors import PictureInvalid
 from pipeline.identity import Identity
 from pipeline.models import preview
-from pipeline.models.flux import IdentityFlux, IdentityRow
+from pipeline.models.flux import IdentityFlux
 from pipeline.models.folding import PreparedIdentity
 from pipeline.models.sampling import euler_step, image_ids, noise, pack, schedule, unpack
 from pipeline.models.step_cache import StepCache
+from pipeline.passes import Passes
 from pipeline.photos import mask_grid
 from pipeline.picture import MEDIA_TYPES, Picture, encode
 from pipeline.request import Request
@@ -52,11 +53,12 @@ class FluxPainter:
         `shift`: flux-dev's schedule. `step_cache`: the threshold of the first-block cache; 0: none.
         """
         self._flux, self._vae, self._models = flux, vae, dict(models)
-        self._folded, self._curves = folded, curves
+        self._folded = folded
         self._device, self._dtype = uncond.device, uncond.dtype
         self._shift, self._step_cache = shift, step_cache
-        # each row of a cached step decides for itself whether to skip, which a shared pass could not
-        self._max_rows = 1 if step_cache else max_rows
+        if step_cache and max_rows > 1:
+            raise ValueError("each row of a cached step decides for itself whether to skip: it takes max_rows 1")
+        self._passes = Passes(flux, curves, max_rows, uncond)
         self._edge = pixels_per_token(vae)
         self._colours = preview.fit(vae)
         with torch.inference_mode():
@@ -92,6 +94,7 @@ class FluxPainter:
         ids = image_ids(rows, columns).to(self._device)
         guides = bool(self._flux.transformer.config.guidance_embeds)
         guidance = torch.tensor([request.guidance_scale], device=self._device) if guides else None
+        positive, *negative = self._conditionings(work, times[:-1], guidance)
         generation = Generation(
             shape=shape,
             times=times.chunk(len(times)),
@@ -99,8 +102,8 @@ class FluxPainter:
             guidance=guidance,
             ids=ids,
             text_ids=ids.new_zeros(shape.text, 3),
-            positive=self._conditioning(work.text, times, guidance),
-            negative=None if work.negative is None else self._conditioning(work.negative, times, guidance),
+            positive=positive,
+            negative=negative[0] if negative else None,
             true_cfg=request.true_cfg,
             cfg_step=request.timestep_to_start_cfg,
             people=tuple(
@@ -116,18 +119,30 @@ class FluxPainter:
     @torch.inference_mode()
     def advance(self, drawings: Sequence[Drawing]) -> None:
         """One step of each; see pipeline.engine.Painter. All have one shape."""
+        try:
+            stepped = self._stepped(drawings)
+            self._passes.wait()
+        except Exception:
+            for cache in (cache for drawing in drawings for cache in drawing.caches or ()):
+                cache.forget()  # it may know of a step that never was
+            raise
+        for drawing, (latents, velocity) in zip(drawings, stepped, strict=True):
+            drawing.latents, drawing.velocity = latents, velocity
+            drawing.step += 1
+
+    def _stepped(self, drawings: Sequence[Drawing]) -> list[tuple[Tensor, Tensor]]:
+        """Latents and velocity of each after its next step."""
         rows = [self._row(drawing, positive=True) for drawing in drawings]
         guided = [drawing for drawing in drawings if drawing.generation.guided(drawing.step)]
-        velocities = self._predict([*rows, *(self._row(drawing, positive=False) for drawing in guided)])
+        velocities = self._passes.predict([*rows, *(self._row(drawing, positive=False) for drawing in guided)])
         opposite = dict(zip(map(id, guided), velocities[len(rows) :], strict=True))
+        stepped = []
         for drawing, velocity in zip(drawings, velocities, strict=False):
             if id(drawing) in opposite:
                 negative = opposite[id(drawing)]
                 velocity = negative + drawing.generation.true_cfg * (velocity - negative)
-            drawing.latents = euler_step(drawing.latents, velocity, drawing.generation.deltas[drawing.step])
-            drawing.velocity = velocity
-            drawing.step += 1
-        self._wait()
+            stepped.append((euler_step(drawing.latents, velocity, drawing.generation.deltas[drawing.step]), velocity))
+        return stepped
 
     @torch.inference_mode()
     def preview(self, drawing: Drawing) -> NDArray[np.uint8]:
@@ -162,35 +177,30 @@ class FluxPainter:
             trace=total([*inputs, seconds]),
         )
 
-    @torch.inference_mode()
+    def relieve(self, error: Exception) -> bool:
+        """See pipeline.engine.Painter."""
+        scarce = isinstance(error, torch.OutOfMemoryError)
+        if scarce:
+            self._give_back()
+        return scarce
+
     def seconds(self, shape: Shape, rows: int) -> float:
-        """How long a step of `rows` rows takes, measured on zeros and without people."""
-        config = self._flux.transformer.config
+        """How long a step of `rows` rows takes, measured on zeros, without people; infinity where memory is short."""
+        taken = self._passes.seconds(shape, rows)
+        if math.isinf(taken):
+            self._give_back()
+        return taken
 
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(*size, device=self._device, dtype=self._dtype)
-
-        times = torch.full((rows,), 0.5, device=self._device)
-        guidance = torch.ones(rows, device=self._device) if config.guidance_embeds else None
-        once = None if guidance is None else guidance[:1]
-        inputs = (
-            *(zeros(rows, shape.rows * shape.columns, config.in_channels), times, guidance),
-            zeros(rows, shape.text, config.joint_attention_dim),
-            self._flux.conditioning(times[:1], once, zeros(1, config.pooled_projection_dim)).expand(rows, -1),
-            image_ids(shape.rows, shape.columns).to(self._device),
-        )
-        self._wait()
-        started = time.perf_counter()
-        try:
-            self._flux.predict(*inputs)
-        except torch.OutOfMemoryError:
-            return math.inf  # so many rows never share a pass
-        self._wait()
-        return time.perf_counter() - started
-
-    def _conditioning(self, text: Text, times: Tensor, guidance: Tensor | None) -> Conditioning:
-        pooled = self._flux.conditioning(times[:-1], guidance, self._tensor(text.pooled)[None])
-        return Conditioning(self._tensor(text.tokens)[None], pooled.chunk(len(pooled)))
+    def _conditionings(self, work: Work, times: Tensor, guidance: Tensor | None) -> list[Conditioning]:
+        """That of the prompt, and of the negative one if there is one; times (S,)."""
+        texts: list[Text] = [text for text in (work.text, work.negative) if text is not None]
+        pooled = torch.stack([self._tensor(text.pooled) for text in texts]).repeat_interleave(len(times), 0)
+        # at once, as weights that lie in host memory come to the device for it: (texts * S, 768 or the table's width)
+        rows = self._flux.conditioning(times.repeat(len(texts)), guidance, pooled).chunk(len(pooled))
+        return [
+            Conditioning(self._tensor(text.tokens)[None], rows[at : at + len(times)])
+            for text, at in zip(texts, range(0, len(rows), len(times)), strict=True)
+        ]
 
     def _presence(self, request: Request, index: int, identity: Identity, shape: Shape) -> Presence:
         person = request.people[index]
@@ -232,42 +242,9 @@ class FluxPainter:
         people = tuple((person, person.positive if positive else person.negative) for person in acting)
         return Row(drawing, conditioning, people, cache)
 
-    def _predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
-        """The velocity (1, N, 64) of each row, in as few or as many passes as are done soonest."""
-        if len(rows) == 1:
-            return self._pass(rows)
-        shape = rows[0].drawing.generation.shape
-        width = 1 if self._max_rows == 1 else min(self._curves.width(shape, len(rows)), self._max_rows)
-        return [velocity for at in range(0, len(rows), width) for velocity in self._pass(rows[at : at + width])]
-
-    def _pass(self, rows: Sequence[Row]) -> Sequence[Tensor]:
-        started = time.perf_counter()
-        drawings = [row.drawing for row in rows]
-        generation = drawings[0].generation
-        guidances = [one for drawing in drawings if (one := drawing.generation.guidance) is not None]
-        velocity = self._flux.predict(
-            _stacked([drawing.latents for drawing in drawings]).to(self._dtype),
-            _stacked([drawing.generation.times[drawing.step] for drawing in drawings]),
-            _stacked(guidances) if guidances else None,
-            _stacked([row.conditioning.text for row in rows]),
-            _stacked([row.conditioning.pooled[row.drawing.step] for row in rows]),
-            generation.ids,
-            [
-                IdentityRow(number, identity, person.weight, person.mask)
-                for number, row in enumerate(rows)
-                for person, identity in row.people
-            ],
-            rows[0].cache,
-            generation.text_ids,
-        )
-        self._wait()
-        self._curves.learn(generation.shape, len(rows), time.perf_counter() - started)
-        return [velocity] if len(rows) == 1 else velocity.chunk(len(rows))
-
-    def _wait(self) -> None:
-        """For the GPU: a step is over when its numbers are there, so that a cancelled row is not computed ahead."""
-        if self._beside is not None:
-            torch.cuda.current_stream(self._device).synchronize()
+    def _give_back(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _decode(self, drawing: Drawing) -> NDArray[np.uint8]:
         request, shape, latents = drawing.work.request, drawing.generation.shape, drawing.latents
@@ -290,8 +267,3 @@ class FluxPainter:
 def pixels_per_token(vae: "AutoencoderKL") -> int:
     """The edge of an image token, which is 2 x 2 latents: 16 pixels with FLUX.1's autoencoder."""
     return int(2 ** len(vae.config.block_out_channels))  # 2 * 2 ** (levels - 1)
-
-
-def _stacked(rows: list[Tensor]) -> Tensor:
-    """Rows (1, ...) as one batch; one row is not copied."""
-    return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -12,6 +12,7 @@ from pipeline.errors import Cancelled, MaskUnreadable, PictureInvalid
 from pipeline.models.flux import IdentityFlux, IdentityRows
 from pipeline.painter import pixels_per_token
 from pipeline.request import Request
+from pipeline.settings import Settings
 from tests import small
 
 
@@ -233,3 +234,34 @@ def test_flux_schnell_is_not_shifted():
     """Without shift the times are even, and the picture another."""
     plain = FluxDenoiser(small.denoiser().painter._flux, small.vae(), small.uncond(), {}, shift=False)
     assert draw(plain, request(num_steps=4)) != draw(small.denoiser(), request(num_steps=4))
+
+
+@pytest.mark.parametrize(("values", "kept"), [({}, 1), ({"cache": {"identity_bytes": 0}}, 0)])
+def test_where_no_face_is_remembered_no_identity_stays_folded(values, kept):
+    """`cache.identity_bytes` 0 is for the folded identities of the denoiser too."""
+    forgetful = small.denoiser(settings=Settings(**values))
+    draw(forgetful, request([{}]), small.identity(1))
+    assert forgetful._folded.stats().entries == kept
+
+
+class Full(IdentityFlux):
+    """A FLUX on a card that is too full for the first identity after nobody's."""
+
+    prepared = 0
+
+    def prepare(self, tokens):
+        self.prepared += 1
+        if self.prepared == 2:
+            raise torch.OutOfMemoryError
+        return super().prepare(tokens)
+
+
+def test_a_fold_that_fails_leaves_nothing_behind(denoiser):
+    """A card too full to fold a person fails that picture alone: the same one draws when there is room."""
+    flux = Full(small.transformer(), small.cross_attentions())
+    full = FluxDenoiser(flux, small.vae(), small.uncond(), {})
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(full, request([{}]), small.identity(1))
+    stats = full._folded.stats()
+    assert (stats.entries, stats.bytes) == (0, 0)
+    assert draw(full, request([{}]), small.identity(1)) == draw(denoiser, request([{}]), small.identity(1))
