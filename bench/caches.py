@@ -13,7 +13,8 @@ import numpy as np
 from bench.measure import Part, Result, at_most, exactly, interleaved
 from bench.registry import Run
 from cluster.demo import astronaut
-from pipeline.faces import FaceDetector, load_models
+from pipeline.face_models import load_models
+from pipeline.faces import FaceDetector
 from pipeline.identity import Identity, IdentityEncoder
 from pipeline.request import Person, Photo
 from pipeline.settings import Settings
@@ -58,17 +59,17 @@ class Counted:
         self._network, self._counter = network, counter
 
     def find(self, rgb: Any) -> Any:
-        """See pipeline.faces.Finder."""
+        """See pipeline.face_models.Finder."""
         self._counter.calls += 1
         return self._network.find(rgb)
 
     def embed(self, crop: Any) -> Any:
-        """See pipeline.faces.Recogniser."""
+        """See pipeline.face_models.Recogniser."""
         self._counter.calls += 1
         return self._network.embed(crop)
 
     def labels(self, aligned: Any) -> Any:
-        """See pipeline.faces.Parser."""
+        """See pipeline.face_models.Parser."""
         self._counter.calls += 1
         return self._network.labels(aligned)
 

@@ -45,7 +45,7 @@ class Portrait:
         """
         from pipeline import weights
         from pipeline.evaluation.judges import FaceJudge
-        from pipeline.faces import load_models
+        from pipeline.face_models import load_models
 
         judge = FaceJudge.load(load_models(settings), weights.locate(settings).path("judge"))
         looks = [judge.look(pixels) for pixels in (self.photo, self.without, self.with_photo)]

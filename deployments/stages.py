@@ -111,6 +111,11 @@ class FaceDetector(CachedReplica):
         self._stage: faces.FaceDetector = load(settings)
         super().__init__(settings, "faces", self._stage.cache, FACES_AT_ONCE)
 
+    def check_health(self) -> None:
+        """See CachedReplica; photos that are known by their text are forgotten too."""
+        self._stage.purge()
+        super().check_health()
+
     async def detect(self, person: "Person", index: int, tenant: str = "") -> faces.Faces:
         """The faces of people[index]; `tenant`: whose faces may be used again."""
         stop = threading.Event()

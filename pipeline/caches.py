@@ -1,7 +1,8 @@
 """Cache: what a stage made of inputs that it has seen, bounded in bytes and in time, and per tenant.
 
 A value is found again by what it was made from: a sha256 over the input, the options and the model files. Faces and
-identities are biometric data: no tenant is given another's, none is given after its seconds, and no key is ever logged.
+identities, folded ones too, are biometric data: no tenant is given another's, none is given after its seconds, and no
+key is ever logged.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import Cancelled
-from pipeline.settings import CacheSettings
+from pipeline.settings import CacheSettings, Settings
 
 V = TypeVar("V")
 Key = tuple[str, bytes]  # tenant, digest of the inputs
@@ -65,7 +66,7 @@ class Cache(Generic[V]):
     ) -> None:
         """`capacity`: bytes in all, `tenant_capacity`: of one tenant; 0 keeps nothing. `seconds`: a value's lifetime.
 
-        What is larger than either is given, but not kept.
+        What is larger than either is given, but not kept. The tenant "" is nobody in particular, and has all the room.
         """
         self._capacity = capacity
         self._tenant_capacity = capacity if tenant_capacity is None else min(capacity, tenant_capacity)
@@ -145,9 +146,10 @@ class Cache(Generic[V]):
 
     def _keep(self, key: Key, value: V, size: int) -> None:
         tenant = key[0]
-        if size > self._tenant_capacity:
+        most = self._tenant_capacity if tenant else self._capacity
+        if size > most:
             return
-        while self._bytes_of.get(tenant, 0) + size > self._tenant_capacity:
+        while self._bytes_of.get(tenant, 0) + size > most:
             self._evict(next(iter(self._used_by[tenant])))
         while self._bytes + size > self._capacity:
             self._evict(next(iter(self._used)))
@@ -185,6 +187,12 @@ def _wait(pending: "Future[Any]", cancelled: IsCancelled | None) -> None:
 def people_cache(settings: CacheSettings, size: Size[V]) -> Cache[V]:
     """For what is made of photos of people."""
     return Cache(settings.identity_bytes, size, settings.identity_seconds, settings.tenant_bytes)
+
+
+def folded_cache(settings: Settings, size: Size[V]) -> Cache[V]:
+    """For identities on the device; without bytes for those in host memory nobody is remembered here either."""
+    capacity = settings.folded_bytes if settings.cache.identity_bytes else 0
+    return Cache(capacity, size, settings.cache.identity_seconds)
 
 
 def prompt_cache(settings: CacheSettings, size: Size[V]) -> Cache[V]:

@@ -1,13 +1,16 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
+from deployments.stages import FaceDetector as FacesReplica
 from deployments.stages import IdentityEncoder as IdentityReplica
-from pipeline.caches import Cache, digest
+from pipeline.caches import ENTRY_BYTES, Cache, digest
 from pipeline.errors import Cancelled, FaceIndexOutOfRange, InternalError, NoFace, PhotoUnreadable
-from pipeline.faces import FaceDetector, FaceModels
+from pipeline.face_models import FaceModels
+from pipeline.faces import FaceDetector
 from pipeline.identity import IdentityEncoder
 from pipeline.request import Person, Photo
 from pipeline.settings import CacheSettings, Settings
@@ -17,6 +20,7 @@ from tests.test_faces import LEFT, PHOTO, RIGHT, Found, Halves, Means
 
 ROOM = 2000  # of one value of these tests, and a little
 CALLS = 16
+LIFETIME = 3600.0
 
 
 class Clock:
@@ -79,6 +83,12 @@ def test_tenants_do_not_meet():
     assert [ask(kept, name, "one") for name in "bcd"] == [True, True, True]
     assert not ask(kept, "a", "two")
     assert [ask(kept, name, "one") for name in "dca"] == [False, False, True]
+
+
+def test_nobody_in_particular_has_all_the_room():
+    """Calls without a tenant are everybody's, and are not bound as one."""
+    kept = cache(6, tenant_entries=2)
+    assert [ask(kept, name) for name in "abcdabcd"] == [True] * 4 + [False] * 4
 
 
 def test_a_full_cache_makes_room_among_all():
@@ -205,6 +215,31 @@ def test_who_is_cancelled_stops_waiting():
         assert computing.result(20) == 7
 
 
+def test_asked_and_purged_at_once_the_counts_stay_true():
+    """While one thread computes, and fails in every third call, and another purges, bytes are those of the entries."""
+    kept, over = Cache(8 * ROOM, lambda value: 900, seconds=1e-5), threading.Event()
+
+    def purge():
+        while not over.is_set():
+            kept.purge()
+            stats = kept.stats()
+            assert stats.bytes == stats.entries * (900 + ENTRY_BYTES) <= 8 * ROOM
+
+    def compute(number):
+        if number % 3 == 0:
+            raise MemoryError
+        return number
+
+    with ThreadPoolExecutor(1) as threads:
+        purging = threads.submit(purge)
+        for number in range(3000):
+            with suppress(MemoryError):
+                kept.get_or_compute(("", bytes([number % 20])), lambda number=number: compute(number))
+        over.set()
+        purging.result(20)
+    assert not kept._pending
+
+
 # --- the stages
 
 
@@ -218,7 +253,7 @@ class Counting(Found):
         return super().find(rgb)
 
 
-def detector(*faces):
+def detector(*faces, clock=None):
     """A FaceDetector with a cache, its detector, and a reader whose photos are told apart by their text."""
     finder = Counting(*faces)
 
@@ -229,7 +264,8 @@ def detector(*faces):
         return np.roll(PHOTO, len(photo.base64 or photo.url), axis=0)
 
     models = FaceModels(finder, Means(), None, Halves(), {"scrfd.onnx": "00"})
-    return FaceDetector(read, models, Cache(10**8, lambda value: 1000), Cache(10**8, len)), finder
+    caches = [Cache(10**8, size, LIFETIME, clock=clock or Clock()) for size in (lambda value: 1000, len)]
+    return FaceDetector(read, models, *caches), finder
 
 
 def person(*photos, **options):
@@ -394,3 +430,17 @@ def test_a_replica_forgets_with_its_health_check(settings):
     assert len(encoder.cache._entries) == 1
     replica.check_health()
     assert len(encoder.cache._entries) == 0
+
+
+def test_a_replica_forgets_photos_with_its_health_check():
+    """A photo that is known by its text is dropped as its face is."""
+    clock = Clock()
+    faces, finder = detector(LEFT, clock=clock)
+    replica = FacesReplica(Settings(device="cpu"), lambda _: faces)
+    faces.detect(person("a"), 0)
+    assert len(faces._known._entries) == len(faces.cache._entries) == 1
+    clock.now = LIFETIME
+    replica.check_health()
+    assert len(faces._known._entries) == len(faces.cache._entries) == 0
+    faces.detect(person("a"), 0)
+    assert (finder.read, finder.asked) == (2, 2)

@@ -10,7 +10,8 @@ from insightface.model_zoo.scrfd import SCRFD
 from torchvision.transforms.functional import normalize
 
 from pipeline.errors import WeightsCorrupt
-from pipeline.faces import FaceDetector, load_recogniser, read_models
+from pipeline.face_models import load_recogniser, read_models
+from pipeline.faces import FaceDetector
 from pipeline.miniature.files import place
 from pipeline.models import detection
 from pipeline.models.alignment import arcface_crop, ffhq_crop

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import FaceIndexOutOfRange, NoFace, PhotoUnreadable
-from pipeline.faces import FaceDetector, FaceModels, Faces
+from pipeline.face_models import FaceModels
+from pipeline.faces import FaceDetector, Faces
 from pipeline.models.alignment import arcface_crop, ffhq_crop
 from pipeline.models.detection import Candidate, choose, same_face, usable
 from pipeline.models.face_features import gray_on_white

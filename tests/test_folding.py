@@ -68,6 +68,27 @@ def test_the_bytes_of_an_identity():
     assert kinds == {folding.CachedAttention}
 
 
+def test_kept_keys_and_values_leave_the_cross_attention_in_host_memory():
+    """Only what a step reads is copied to the device, here meta, and counted; beside shared weights nothing is."""
+    (here, *_), photos = small.cross_attentions(), 3
+    tokens = torch.zeros(1, 32 * photos, small.KV_DIM)
+    there = folding.prepare([here], tokens.to("meta")).layers[0]
+    assert {parameter.device.type for parameter in here.parameters()} == {"cpu"}
+    assert {part.device.type for part in (there.key, there.gain, there.to_q, there.to_out)} == {"meta"}
+    keys_values, read = 2 * 32 * photos * 48 * 4, (2 * 32 + 2 * 32 * 48) * 4
+    assert there.nbytes == keys_values + read
+    assert folding.keep(here, tokens).nbytes == keys_values
+
+
+def test_what_costs_less_takes_less_of_a_small_card():
+    """Where the cross-attention lies in host memory, the choice of the cheaper form is that of the smaller one."""
+    official = PulidCrossAttention().bfloat16()
+    for photos in range(1, 9):
+        tokens = torch.empty(1, 32 * photos, 2048, dtype=torch.bfloat16, device="meta")
+        folded, kept = folding.fold(official, tokens).nbytes, folding.keep(official, tokens).nbytes
+        assert (folded < kept) == folding.folds(official, 32 * photos)
+
+
 def test_folded_identities_are_bounded_in_bytes(module):
     """The least recently used make room; one that is there is not folded again."""
     folds = []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from skimage import data
 
-from pipeline.faces import load_finder
+from pipeline.face_models import load_finder
 from pipeline.miniature.people import FIRST_HELD_OUT, person
 from pipeline.miniature.scenes import held_out_scene
 from pipeline.miniature.world import draw

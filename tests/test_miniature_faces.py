@@ -10,7 +10,8 @@ import pytest
 from skimage import data
 
 from pipeline.errors import NoFace
-from pipeline.faces import FaceDetector, FaceModels, Faces, load_models
+from pipeline.face_models import FaceModels, load_models
+from pipeline.faces import FaceDetector, Faces
 from pipeline.miniature.people import FIRST_HELD_OUT, person
 from pipeline.miniature.scenes import held_out_scene
 from pipeline.miniature.world import draw

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import WeightsMissing
-from pipeline.faces import FaceModels, Finder, Parser, Pixels, Recogniser, load_recogniser
+from pipeline.face_models import FaceModels, Finder, Parser, Recogniser, load_recogniser
+from pipeline.faces import Pixels
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:

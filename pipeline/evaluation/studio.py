@@ -50,7 +50,7 @@ def load(settings: Settings, form: Format, files: JudgeFiles, drawn: Sequence[Su
     drawn: the people of the drawn world that pictures are compared with; none for real people.
     """
     from pipeline import checkpoints
-    from pipeline.faces import load_models
+    from pipeline.face_models import load_models
     from pipeline.flow import load_stages
     from pipeline.photos import PhotoReader
 

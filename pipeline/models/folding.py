@@ -45,27 +45,39 @@ class FoldedAttention:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedAttention:
-    """A cross-attention with an identity's keys and values (1, T, H * D), where folding would cost more."""
+    """A cross-attention with an identity's keys and values (1, T, H * D), where folding would cost more.
 
-    cross_attention: PulidCrossAttention
+    Beside them what a step reads of the cross-attention: norm2's gain and offset (dim), to_q (H * D, dim), to_out
+    (dim, H * D). Where the cross-attention lies in host memory they are copies of its own; else they are `shared`.
+    """
+
     key: Tensor
     value: Tensor
+    gain: Tensor
+    offset: Tensor
+    to_q: Tensor
+    to_out: Tensor
+    heads: int
+    eps: float
+    shared: bool
 
     def __call__(self, image: Tensor, _: "Attend | None" = None) -> Tensor:
         """Image tokens (B, N, dim) -> what to add to them at weight 1 (B, N, dim)."""
-        module = self.cross_attention
-        query = module.to_q(module.norm2(image))  # (B, N, H * D)
-        return module.to_out(attention(query, self.key, self.value, module.heads))  # type: ignore[no-any-return]
+        normed = functional.layer_norm(image, image.shape[-1:], self.gain, self.offset, self.eps)
+        query = functional.linear(normed, self.to_q)  # (B, N, H * D)
+        return functional.linear(attention(query, self.key, self.value, self.heads), self.to_out)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it alone takes; the module is shared."""
-        return self.key.nbytes + self.value.nbytes
+        """Bytes that it alone takes."""
+        own = (self.key, self.value)
+        copies = () if self.shared else (self.gain, self.offset, self.to_q, self.to_out)
+        return sum(tensor.nbytes for tensor in (*own, *copies))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedIdentity:
-    """An identity for FLUX: one prepared attention for each cross-attention, in order."""
+    """An identity for FLUX: one prepared attention for each cross-attention, in order. Biometric data."""
 
     layers: tuple[FoldedAttention | CachedAttention, ...]
 
@@ -89,7 +101,8 @@ def prepare(cross_attentions: Iterable[PulidCrossAttention], tokens: Tensor) -> 
     """An identity (1, T, kv_dim), ready for every step on the device and in the dtype of its tokens.
 
     Each cross-attention is folded where that makes a step cheaper, as with up to four concatenated photos at FLUX.1's
-    sizes; beyond, its keys and values are kept. The weights may lie on another device, from where they are read once.
+    sizes; beyond, its keys and values are kept. The weights may lie on another device, from where they are read, and
+    where they stay.
     """
     return PreparedIdentity(
         tuple(
@@ -100,7 +113,11 @@ def prepare(cross_attentions: Iterable[PulidCrossAttention], tokens: Tensor) -> 
 
 
 def folds(module: PulidCrossAttention, tokens: int) -> bool:
-    """Whether folding `tokens` identity tokens makes a step cheaper than keys and values, by its multiplications."""
+    """Whether `tokens` identity tokens cost a step fewer multiplications folded than as keys and values.
+
+    Where the cross-attention lies in host memory, that is also where they take fewer bytes: both sides, twice, are the
+    elements of the matrices that are read.
+    """
     inner, dim = module.to_q.weight.shape
     return dim * module.heads * tokens < inner * (dim + tokens)
 
@@ -128,12 +145,17 @@ def fold(module: PulidCrossAttention, tokens: Tensor) -> FoldedAttention:
 
 
 def keep(module: PulidCrossAttention, tokens: Tensor) -> CachedAttention:
-    """The keys and values of an identity (tokens (1, T, kv_dim)) for a cross-attention."""
-    device = tokens.device
-    if module.to_q.weight.device != device:
-        module = module.to(device)  # from the host, for good: it is needed in every step from now on
+    """The keys and values of an identity (tokens (1, T, kv_dim)) for a cross-attention, which stays where it lies."""
+    device, weight = tokens.device, module.to_q.weight
     key, value = _key_value(module, tokens)
-    return CachedAttention(module, key.contiguous(), value.contiguous())
+    return CachedAttention(
+        *(key.contiguous(), value.contiguous()),
+        *(module.norm2.weight.to(device), module.norm2.bias.to(device)),
+        *(weight.to(device), module.to_out.weight.to(device)),
+        heads=module.heads,
+        eps=module.norm2.eps,
+        shared=weight.device == device,
+    )
 
 
 def _key_value(module: PulidCrossAttention, tokens: Tensor) -> tuple[Tensor, Tensor]:

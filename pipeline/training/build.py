@@ -3,7 +3,7 @@
 from math import ceil
 from pathlib import Path
 
-from pipeline import checkpoints, faces
+from pipeline import checkpoints, face_models
 from pipeline.errors import SettingsInvalid
 from pipeline.models.flux import IdentityFlux
 from pipeline.settings import Settings
@@ -39,5 +39,5 @@ def load_networks(settings: Settings, config: TrainingConfig, recogniser: Path |
         vae=checkpoints.load_vae(files, settings),
         eva_clip=eva_clip,
         recogniser=OnnxNetwork(recogniser).to(device),
-        locate=locate_with(faces.load_models(settings).detector),
+        locate=locate_with(face_models.load_models(settings).detector),
     )

@@ -18,7 +18,7 @@ from pipeline.tensors import write_tensors
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from pipeline.faces import Finder
+    from pipeline.face_models import Finder
     from pipeline.models.eva_clip import EvaClip
 
 # Pictures (B, 3, H, W) in -1..1 -> five landmarks (5, 2) in pixels for each, or None where no face is found

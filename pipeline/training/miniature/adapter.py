@@ -175,7 +175,7 @@ def trainer_of(work: Path, weights: Path, config: TrainingConfig, data: DataPlan
     """The trainer of a stage, with the miniature's finished networks."""
     from safetensors.torch import load_file
 
-    from pipeline.faces import load_finder
+    from pipeline.face_models import load_finder
     from pipeline.training.miniature.recogniser import load_training_recogniser
 
     transformer = checkpoints.load_flux(*finished(weights))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.faces import Finder, load_finder
+from pipeline.face_models import Finder, load_finder
 from pipeline.models.alignment import overlap
 from pipeline.training.miniature.detector_canvases import Canvases
 from pipeline.training.miniature.detector_data import (
