@@ -1,18 +1,20 @@
-"""Store: Pictures and their record -> Stored (S3 through boto3; a local folder; one protocol)."""
+"""ImageStore: Pictures and their record -> Stored, as objects of a folder or of S3.
 
-import errno
+A record is written last, and makes the pictures that it names an image. A job's attempts write side by side, each under
+names of its own (`publish`); one of them becomes the image (`commit`), and the others are removed (`prune`).
+"""
+
 import hashlib
-import os
-import secrets
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pipeline.errors import StoreCorrupt, StoreError, StoreMisconfigured, StoreUnavailable
+from pipeline.errors import StoreConflict, StoreCorrupt, StoreError
+from pipeline.objects import Objects
+from pipeline.objects_local import LocalObjects
 from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.settings import StoreSettings
@@ -31,118 +33,185 @@ from pipeline.stored import (
     to_json,
 )
 
-__all__ = ["Content", "LocalStore", "Store", "Stored", "open_store"]
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+__all__ = ["Content", "ImageStore", "Store", "Stored", "open_objects", "open_store"]
 
 
-def open_store(settings: StoreSettings) -> Store:
-    """The store that the settings name; nothing is read or written yet. Raises StoreMisconfigured."""
-    if settings.url.startswith("s3://"):
-        from pipeline.store_s3 import S3Store  # boto3 is for those who use it
+def open_objects(settings: StoreSettings) -> Objects:
+    """The objects that the settings name; nothing is read or written yet. Raises StoreMisconfigured."""
+    folder = _folder(settings)
+    if folder is not None:
+        return LocalObjects(folder)
+    from pipeline.objects_s3 import S3Objects  # boto3 is for those who use it
 
-        return S3Store(settings)
-    return LocalStore(Path(unquote(settings.url.removeprefix("file://"))))
+    return S3Objects(settings)
 
 
-class LocalStore:
-    """Pictures in a folder of this machine. An image appears whole or not at all, and is written once."""
+def open_store(settings: StoreSettings) -> "ImageStore":
+    """The images that the settings name; nothing is read or written yet. Raises StoreMisconfigured."""
+    return ImageStore(open_objects(settings), _folder(settings))
 
-    def __init__(self, root: Path) -> None:
-        self._images = root.expanduser().absolute() / "images"
+
+class ImageStore:
+    """Images among a store's objects. Every method blocks, may be called from several threads, raises StoreError."""
+
+    def __init__(self, objects: Objects, folder: Path | None = None) -> None:
+        """`folder`: where the objects are files of this machine, if they are, for `Stored.urls`."""
+        self._objects = objects
+        self._folder = folder
 
     def check(self) -> None:
-        """Write and remove an empty folder; raises StoreMisconfigured, StoreUnavailable."""
-        with self._faults():
-            self._workspace("check").rmdir()
+        """Find out, at start, whether the store can be used; raises StoreError."""
+        self._objects.check()
 
-    def save(self, image_id: str, request: Request, pictures: Sequence[Picture]) -> Stored:
-        """Write everything next to its final place, the record last, and move it there in one step."""
-        started = time.perf_counter()
-        folder = self._folder(image_id)
-        with self._faults():
-            workspace = self._workspace(image_id)
-            try:
-                for number, picture in enumerate(pictures):
-                    _write(workspace / file_name(number, picture.media_type), picture.data)
-                record = describe(image_id, request, pictures, time.perf_counter() - started)
-                _write(workspace / RECORD, to_json(record))
-                _sync(workspace)
-                _move(workspace, folder)
-            except BaseException:
-                shutil.rmtree(workspace, ignore_errors=True)
-                raise
-            _sync(self._images)
-        return Stored(image_id, tuple((folder / entry["file"]).as_uri() for entry in record["pictures"]), record)
+    def save(
+        self,
+        image_id: str,
+        request: Request,
+        pictures: Sequence[Picture],
+        tenant: str = "",
+        attempt: int | None = None,
+    ) -> Stored:
+        """Write every picture, then the record, none ever over another.
 
-    def record(self, image_id: str) -> Mapping[str, Any]:
-        """The record of an image; raises ImageNotFound, StoreCorrupt."""
-        path = self._folder(image_id) / RECORD
-        with self._faults():
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError as error:
-                raise not_found() from error
-        return from_json(data, image_id)
-
-    def content(self, image_id: str, number: int) -> Content:
-        """The bytes of a picture, checked against the record; raises ImageNotFound, StoreCorrupt."""
-        entry = find_picture(self.record(image_id), number)
-        with self._faults():
-            path = self._folder(image_id) / file_name(number, entry["media_type"])
-            data = path.read_bytes() if path.exists() else b""
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise StoreCorrupt(f"Picture {number} of this image is damaged or gone; make it again.")
-        return Content(entry["media_type"], data=data)
-
-    def _folder(self, image_id: str) -> Path:
-        return self._images / checked_id(image_id)
-
-    def _workspace(self, name: str) -> Path:
-        self._images.mkdir(parents=True, exist_ok=True)
-        workspace = self._images / f".{name}.{secrets.token_hex(8)}"
-        workspace.mkdir()
-        return workspace
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
+        Raises StoreConflict where the id has another image. Where a picture cannot be written, none is left.
+        """
+        started, written = time.perf_counter(), list[str]()
         try:
-            yield
-        except OSError as error:
-            raise _fault(error, self._images.parent) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # the names in a folder are its own content, synced apart
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # fsync(2): this file system does not sync folders, and need not
+            self._write(image_id, pictures, attempt, written.append)
+        except StoreConflict:  # what is there may be the other image's
             raise
-    finally:
-        os.close(descriptor)
+        except BaseException:
+            for key in written:
+                with suppress(StoreError):  # what is left has no record, so nobody finds it
+                    self._objects.delete(key)
+            raise
+        seconds = time.perf_counter() - started
+        return self.commit(image_id, describe(image_id, request, pictures, seconds, tenant, attempt))
 
+    def publish(
+        self, image_id: str, request: Request, pictures: Sequence[Picture], tenant: str, attempt: int
+    ) -> Mapping[str, Any]:
+        """Write the pictures of an attempt, then the draft of their record, which it returns.
 
-def _move(workspace: Path, folder: Path) -> None:
-    try:
-        workspace.rename(folder)
-    except OSError as error:  # the system never replaces a folder that holds something
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        May be called again where it failed. Raises StoreConflict where the attempt has made other pictures before.
+        """
+        started = time.perf_counter()
+        self._write(image_id, pictures, attempt)
+        record = describe(image_id, request, pictures, time.perf_counter() - started, tenant, attempt)
+        try:
+            self._objects.create(_draft(image_id, attempt), to_json(record))
+        except StoreConflict as error:
+            kept = self.draft(image_id, attempt)
+            if kept is None or kept["pictures"] != record["pictures"]:
+                raise conflict() from error
+            return kept  # an earlier call arrived, though its answer was lost
+        return record
+
+    def draft(self, image_id: str, attempt: int) -> dict[str, Any] | None:
+        """The record that an attempt has published; None where it has not, or it was pruned. Raises StoreCorrupt."""
+        found = self._objects.get(_draft(image_id, attempt))
+        return None if found is None else from_json(found.data, image_id)
+
+    def commit(self, image_id: str, record: Mapping[str, Any]) -> Stored:
+        """Make a record final. The same one again does no harm; raises StoreConflict where there is another."""
+        try:
+            self._objects.create(_key(image_id, RECORD), to_json(record))
+        except StoreConflict as error:
             raise conflict() from error
-        raise
+        urls = (self._url(image_id, entry) for entry in record["pictures"])
+        return Stored(image_id, tuple(url for url in urls if url is not None), record)
+
+    def discard(self, image_id: str, attempt: int) -> None:
+        """Remove the pictures of an attempt that ended without a draft; one that has a draft is left to `prune`."""
+        if self.draft(image_id, attempt) is None:  # asked first: a draft goes only when the record is there
+            self._remove_unnamed(image_id, f"{attempt}-")
+
+    def prune(self, image_id: str) -> None:
+        """Remove all that the record does not name: drafts, and what lost attempts left; everything without a record.
+
+        Only for what has ended: an attempt that is being published would lose its pictures.
+        """
+        self._remove_unnamed(image_id, "")
+
+    def erase(self, image_id: str) -> None:
+        """Remove everything of an image, its record last: where that breaks off it can be done again."""
+        keys = [entry.key for entry in self._objects.list(_key(image_id, ""))]
+        for key in sorted(keys, key=lambda key: key.endswith(RECORD)):
+            self._objects.delete(key)
+
+    def record(self, image_id: str, tenant: str | None = None) -> dict[str, Any]:
+        """The record of an image, of this tenant's alone where one is given; raises ImageNotFound, StoreCorrupt."""
+        found = self._objects.get(_key(image_id, RECORD))
+        if found is None:
+            raise not_found()
+        record = from_json(found.data, image_id)
+        if tenant not in (None, record["tenant"]):
+            raise not_found()
+        return record
+
+    def content(self, image_id: str, number: int, tenant: str | None = None) -> Content:
+        """A picture: a link to it, or its bytes, checked against the record; raises ImageNotFound, StoreCorrupt."""
+        entry = find_picture(self.record(image_id, tenant), number)
+        link = self._link(image_id, entry)
+        if link is not None:
+            return Content(entry["media_type"], link=link)
+        return Content(entry["media_type"], data=self._data(image_id, number, entry))
+
+    def data(self, image_id: str, number: int, tenant: str | None = None) -> bytes:
+        """A picture's bytes, wherever they are kept; raises as `content`."""
+        return self._data(image_id, number, find_picture(self.record(image_id, tenant), number))
+
+    def _data(self, image_id: str, number: int, entry: Mapping[str, Any]) -> bytes:
+        found = self._objects.get(_key(image_id, entry["file"]))
+        if found is None or hashlib.sha256(found.data).hexdigest() != entry["sha256"]:
+            raise StoreCorrupt(f"Picture {number} of this image is damaged or gone; make it again.")
+        return found.data
+
+    def _write(
+        self,
+        image_id: str,
+        pictures: Sequence[Picture],
+        attempt: int | None,
+        written: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        for number, picture in enumerate(pictures):
+            key = _key(image_id, file_name(number, picture.media_type, attempt))
+            try:
+                self._objects.create(key, picture.data, picture.media_type)
+            except StoreConflict as error:
+                raise conflict() from error
+            written(key)
+
+    def _remove_unnamed(self, image_id: str, start: str) -> None:
+        """Remove the objects of an image whose names begin with `start`, but for the record and what it names."""
+        found = self._objects.get(_key(image_id, RECORD))
+        pictures = [] if found is None else from_json(found.data, image_id)["pictures"]
+        kept = {RECORD, *(entry["file"] for entry in pictures)}
+        for entry in self._objects.list(_key(image_id, start)):
+            if entry.key.rpartition("/")[2] not in kept:
+                self._objects.delete(entry.key)
+
+    def _url(self, image_id: str, entry: Mapping[str, Any]) -> str | None:
+        link = self._link(image_id, entry)
+        if link is None and self._folder is not None:
+            return (self._folder / _key(image_id, entry["file"])).as_uri()
+        return link
+
+    def _link(self, image_id: str, entry: Mapping[str, Any]) -> str | None:
+        name = entry["file"]
+        return self._objects.link(_key(image_id, name), entry["media_type"], f"{image_id}-{name}")
 
 
-def _fault(error: OSError, root: Path) -> StoreError:
-    if error.errno in NO_ROOM:
-        return StoreUnavailable(f"There is no room left for pictures in {root}; free some, or set PULID_STORE__URL.")
-    if error.errno in NOT_WRITABLE:
-        return StoreMisconfigured(f"Pictures cannot be kept in {root} ({error.strerror}); set PULID_STORE__URL.")
-    return StoreUnavailable(f"The disk of {root} failed ({error.strerror}); try again.")
+def _folder(settings: StoreSettings) -> Path | None:
+    """The folder that the settings name; None where they name a bucket."""
+    if settings.url.startswith("s3://"):
+        return None
+    return Path(unquote(settings.url.removeprefix("file://"))).expanduser().absolute()
+
+
+def _key(image_id: str, name: str) -> str:
+    return f"images/{checked_id(image_id)}/{name}"
+
+
+def _draft(image_id: str, attempt: int) -> str:
+    return _key(image_id, f"{attempt}.json")

@@ -1,7 +1,8 @@
-"""Stored: what every store keeps and answers, and the record of an image.
+"""Stored: what the store of images keeps and answers, and the record of an image.
 
-    images/{id}/0.png, 1.png, ...   the pictures
-    images/{id}/record.json         how they came about; a record that exists means that its pictures exist
+    images/{id}/0.png, 1.png, ...     the pictures
+    images/{id}/{f}-0.png, {f}.json   those of attempt f of a job, and the draft of its record
+    images/{id}/record.json           how they came about; a record that exists means that its pictures exist
 
 An id is 32 hexadecimal digits, and nothing a caller wrote ever becomes part of a key: no prompt, no name, no `..`.
 """
@@ -23,15 +24,16 @@ from pipeline.request import Person, Request
 RECORD = "record.json"
 RECORD_VERSION = 1
 ENDINGS = {media_type: ending for ending, media_type in MEDIA_TYPES.items()}
+FILE = re.compile(r"(?:[0-9]+-)?([0-9]+)\.([a-z]+)")  # of a picture: its attempt, number and ending
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
     """What was stored under an id.
 
-    urls: the store's own addresses of the pictures, in order. From a folder they are file:// addresses; from S3 they
-    are presigned links, which anybody who has one can open until it expires. The HTTP layer's own addresses
-    (/v1/images/{id}/{n}) do not expire and follow from `id`.
+    urls: the store's own addresses of the pictures, in order; none where it has none. From a folder they are file://
+    addresses; from S3 they are presigned links, which anybody who has one can open until it expires. The HTTP layer's
+    own addresses (/v1/images/{id}/{n}) do not expire and follow from `id`.
     record: what `Store.record(id)` answers from now on, as JSON values.
     """
 
@@ -60,14 +62,24 @@ class Store(Protocol):
     def check(self) -> None:
         """Find out, at start, whether the store can be written and read; raises StoreError."""
 
-    def save(self, image_id: str, request: Request, pictures: Sequence[Picture]) -> Stored:
+    def save(
+        self,
+        image_id: str,
+        request: Request,
+        pictures: Sequence[Picture],
+        tenant: str = "",
+        attempt: int | None = None,
+    ) -> Stored:
         """Write every picture, then the record; raises StoreError, StoreConflict where the id has a record."""
 
-    def record(self, image_id: str) -> Mapping[str, Any]:
-        """The record of an image (see `describe`); raises ImageNotFound, StoreError."""
+    def record(self, image_id: str, tenant: str | None = None) -> Mapping[str, Any]:
+        """The record of an image (see `describe`), of this tenant's alone where one is given.
 
-    def content(self, image_id: str, number: int) -> Content:
-        """Picture `number` of an image; raises ImageNotFound, StoreError."""
+        Raises ImageNotFound, StoreError.
+        """
+
+    def content(self, image_id: str, number: int, tenant: str | None = None) -> Content:
+        """Picture `number` of an image; raises as `record` does."""
 
 
 def checked_id(image_id: str) -> str:
@@ -87,18 +99,24 @@ def conflict() -> StoreConflict:
     return StoreConflict("Another image is already stored under this id, and was kept; use a new id.")
 
 
-def file_name(number: int, media_type: str) -> str:
-    """The name of a picture within its image; raises StoreCorrupt for a media type that was never written."""
-    if media_type not in ENDINGS:
-        raise StoreCorrupt("The record of this image names an unknown media type; make the image again.")
-    return f"{number}.{ENDINGS[media_type]}"
+def file_name(number: int, media_type: str, attempt: int | None = None) -> str:
+    """The name of a picture within its image."""
+    return f"{'' if attempt is None else f'{attempt}-'}{number}.{ENDINGS[media_type]}"
 
 
-def describe(image_id: str, request: Request, pictures: Sequence[Picture], seconds: float) -> dict[str, Any]:
+def describe(
+    image_id: str,
+    request: Request,
+    pictures: Sequence[Picture],
+    seconds: float,
+    tenant: str = "",
+    attempt: int | None = None,
+) -> dict[str, Any]:
     """The record of an image, as JSON values: everything needed to make it again, but the photos.
 
-    seconds: what storing took until now. In `timings` the stages before denoise count once, as they ran once for all
-    pictures of the request; queue and denoise are sums over the pictures.
+    tenant: whose it is. attempt: of the job that made it; None: no job did. seconds: what storing took until now. In
+    `timings` the stages before denoise count once, as they ran once for all pictures of the request; queue and denoise
+    are sums over the pictures.
     """
     first = pictures[0].trace  # every picture of a request has the same faces, identity and text
     timings = dict(first.seconds)
@@ -108,9 +126,11 @@ def describe(image_id: str, request: Request, pictures: Sequence[Picture], secon
     return {
         "version": RECORD_VERSION,
         "id": image_id,
+        "tenant": tenant,
+        "attempt": attempt,
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "request": _without_pixels(request),
-        "pictures": [_entry(number, picture) for number, picture in enumerate(pictures)],
+        "pictures": [_entry(number, picture, attempt) for number, picture in enumerate(pictures)],
         "seeds": [picture.seed for picture in pictures],
         "prompt_truncated": any(picture.prompt_truncated for picture in pictures),
         "faces": [
@@ -125,9 +145,9 @@ def describe(image_id: str, request: Request, pictures: Sequence[Picture], secon
     }
 
 
-def _entry(number: int, picture: Picture) -> dict[str, Any]:
+def _entry(number: int, picture: Picture, attempt: int | None) -> dict[str, Any]:
     return {
-        "file": file_name(number, picture.media_type),
+        "file": file_name(number, picture.media_type, attempt),
         "media_type": picture.media_type,
         "width": picture.width,
         "height": picture.height,
@@ -139,7 +159,8 @@ def _entry(number: int, picture: Picture) -> dict[str, Any]:
 
 
 def _without_pixels(request: Request) -> dict[str, Any]:
-    values = request.model_dump(mode="json", exclude={"people": {"__all__": {"photos", "mask"}}})
+    hidden: Any = {"people": {"__all__": {"photos", "mask"}}, "webhook": True, "webhook_events": True}
+    values = request.model_dump(mode="json", exclude=hidden)
     for person, kept in zip(request.people, values["people"], strict=True):
         kept["mask"] = _mask_note(person)
     return values
@@ -160,19 +181,26 @@ def to_json(record: Mapping[str, Any]) -> bytes:
 
 
 def from_json(data: bytes, image_id: str) -> dict[str, Any]:
-    """The record in stored bytes; raises StoreCorrupt where they are not the record of this image."""
+    """The record in stored bytes; raises StoreCorrupt where they are not the record of this image.
+
+    Records from before there were tenants and jobs are nobody's in particular, and no job's.
+    """
     try:
         record = json.loads(data)
     except ValueError as error:
         raise StoreCorrupt("The record of this image is damaged; make the image again.") from error
     if not isinstance(record, dict) or record.get("id") != image_id or record.get("version") != RECORD_VERSION:
         raise StoreCorrupt("The record of this image is damaged, or of another version of this service.")
-    return record
+    return {"tenant": "", "attempt": None, **record}
 
 
 def find_picture(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-    """What the record says about a picture; raises ImageNotFound where there is none of this number."""
+    """What the record says about a picture; raises ImageNotFound where there is none of this number, StoreCorrupt."""
     pictures: list[Mapping[str, Any]] = record["pictures"]
     if not 0 <= number < len(pictures):
         raise not_found()
-    return pictures[number]
+    entry = pictures[number]
+    name = FILE.fullmatch(entry["file"])
+    if name is None or name.groups() != (str(number), ENDINGS.get(entry["media_type"])):
+        raise StoreCorrupt("The record of this image names a file that is none of its pictures; make the image again.")
+    return entry

@@ -11,7 +11,7 @@ import http.client
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -118,6 +118,16 @@ def passes(call: Call) -> None:
     call.answer(*call.upstream())
 
 
+def without(*names: str) -> Fault:
+    """A server that knows nothing of these headers."""
+
+    def fault(call: Call) -> None:
+        known = {name: value for name, value in call.headers.items() if name.lower() not in map(str.lower, names)}
+        passes(replace(call, headers=known))
+
+    return fault
+
+
 def refuses(status: int, code: str) -> Fault:
     """An error answer as S3 writes it."""
 
@@ -163,6 +173,18 @@ def stores_other_bytes(call: Call) -> None:
     call.answer(status, {**headers, "x-amz-checksum-sha256": "A" * 43 + "="}, body)
 
 
+def one_at_a_time() -> Fault:
+    """S3 decides conditional writes of one key one after the other; moto's threads alone do not."""
+    lock = threading.Lock()
+
+    def fault(call: Call) -> None:
+        with lock:
+            answer = call.upstream()
+        call.answer(*answer)
+
+    return fault
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -183,18 +205,19 @@ class _Handler(BaseHTTPRequestHandler):
 class _Proxy(ThreadingHTTPServer):
     daemon_threads = False  # server_close waits for every answer
 
-    def __init__(self, upstream: str, faults: tuple[Fault, ...]) -> None:
+    def __init__(self, upstream: str, faults: tuple[Fault, ...], otherwise: Fault) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = upstream
         self.closing = threading.Event()
         self.calls: list[tuple[str, str]] = []
         self.faults = list(faults)
+        self.otherwise = otherwise
         self._lock = threading.Lock()
 
     def next_fault(self, call: Call) -> Fault:
         with self._lock:
             self.calls.append((call.method, call.path))
-            return self.faults.pop(0) if self.faults else passes
+            return self.faults.pop(0) if self.faults else self.otherwise
 
 
 @dataclass
@@ -207,9 +230,9 @@ class Faulty:
 
 
 @contextmanager
-def failing(upstream: str, *faults: Fault) -> Iterator[Faulty]:
-    """A proxy in front of `upstream`: call n meets fault n, and calls beyond the last fault pass."""
-    proxy = _Proxy(upstream, faults)
+def failing(upstream: str, *faults: Fault, otherwise: Fault = passes) -> Iterator[Faulty]:
+    """A proxy in front of `upstream`: call n meets fault n, and calls beyond the last fault meet `otherwise`."""
+    proxy = _Proxy(upstream, faults, otherwise)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

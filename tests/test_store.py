@@ -19,7 +19,7 @@ from pipeline.faces import FaceBox
 from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.settings import StoreSettings
-from pipeline.store import LocalStore, open_store
+from pipeline.store import open_objects, open_store
 from pipeline.trace import Trace
 from tests import s3
 from tests.s3 import CREDENTIALS, failing, refuses, s3_settings
@@ -71,10 +71,14 @@ def _credentials():
         yield
 
 
+def folder(path: Path):
+    return open_store(StoreSettings(url=f"file://{path}"))
+
+
 @pytest.fixture(params=["folder", "s3"], scope="module")
 def store(request, tmp_path_factory, server):
     if request.param == "folder":
-        return LocalStore(tmp_path_factory.mktemp("pictures"))
+        return folder(tmp_path_factory.mktemp("pictures"))
     return open_store(s3_settings(server))
 
 
@@ -109,13 +113,15 @@ def test_what_was_saved_is_what_is_read(store, image_id):
     for number, saved in enumerate(PICTURES):
         content = store.content(image_id, number)
         assert content.media_type == "image/png"
-        assert bytes_of(content) == saved.data
+        assert bytes_of(content) == store.data(image_id, number) == saved.data
 
 
 def test_the_record_tells_how_to_make_the_image_again(store, image_id):
     """The record holds the whole request but photos and masks, seeds, faces, models and timings."""
     record = store.save(image_id, request(true_cfg=2.0), PICTURES).record
     assert record["id"] == image_id
+    assert record["tenant"] == ""
+    assert record["attempt"] is None
     assert record["request"]["prompt"] == PROMPT
     assert record["request"]["true_cfg"] == 2.0
     first, second = record["request"]["people"]
@@ -181,7 +187,7 @@ def test_threads_share_a_store(store):
 
 def test_of_two_savers_of_one_id_one_wins(tmp_path, image_id):
     """When two threads save under one id at once, exactly one succeeds, and its record stays."""
-    store = LocalStore(tmp_path)
+    store = folder(tmp_path)
 
     def save(scale):
         try:
@@ -208,13 +214,15 @@ def test_another_saver_may_win_until_the_last_moment(server, image_id):
     assert other.record(image_id)["request"]["guidance_scale"] == 2.0
 
 
-def tree(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def tree(root: Path) -> list[str]:
+    """Files and folders below `root`, but for the locks."""
+    paths = [path.relative_to(root) for path in root.rglob("*") if path.suffix != ".lock"]
+    return sorted(str(path) for path in paths if path != Path(".writing"))
 
 
 def test_a_folder_holds_what_the_layout_says(tmp_path, image_id):
-    """images/{id}/0.png and record.json, nothing else; the addresses are those of the files."""
-    store = open_store(StoreSettings(url=f"file://{tmp_path}"))
+    """images/{id}/0.png and record.json, nothing else but locks; the addresses are those of the files."""
+    store = folder(tmp_path)
     store.check()
     stored = store.save(image_id, request(), PICTURES)
     names = ("", "/0.png", "/1.png", "/record.json")
@@ -225,7 +233,7 @@ def test_a_folder_holds_what_the_layout_says(tmp_path, image_id):
 
 def test_a_failing_picture_leaves_nothing_behind(tmp_path, image_id):
     """When a picture cannot be written, there is no record, no other picture and no temporary file."""
-    store = LocalStore(tmp_path)
+    store = folder(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     large = picture(8, bytes(200_000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the second picture meets the end of the disk
@@ -234,7 +242,7 @@ def test_a_failing_picture_leaves_nothing_behind(tmp_path, image_id):
             store.save(image_id, request(), (PICTURES[0], large))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert tree(tmp_path) == ["images"]
+    assert tree(tmp_path) == []
     with pytest.raises(ImageNotFound):
         store.record(image_id)
 
@@ -242,7 +250,7 @@ def test_a_failing_picture_leaves_nothing_behind(tmp_path, image_id):
 def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path):
     """A file where the folder should be is the operator's error, with the setting's name, on every way in."""
     (tmp_path / "file").write_text("in the way")
-    store = LocalStore(tmp_path / "file")
+    store = folder(tmp_path / "file")
     for way in ("check", "save", "record"):
         with pytest.raises(StoreMisconfigured, match="PULID_STORE__URL"):
             use(store, way)
@@ -251,7 +259,7 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"\x89PNG other", None])
 def test_a_damaged_picture_is_never_handed_out(tmp_path, damage, image_id):
     """A picture in a folder that was altered or removed is found out."""
-    store = LocalStore(tmp_path)
+    store = folder(tmp_path)
     path = store.save(image_id, request(), PICTURES).paths[1]
     if damage is None:
         path.unlink()
@@ -265,7 +273,7 @@ def test_a_damaged_picture_is_never_handed_out(tmp_path, damage, image_id):
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"id": "other"}'])
 def test_a_damaged_record_is_found_out(tmp_path, damage, image_id):
     """Bytes that are not the record of this image are no record."""
-    store = LocalStore(tmp_path)
+    store = folder(tmp_path)
     store.save(image_id, request(), PICTURES)
     (tmp_path / "images" / image_id / "record.json").write_bytes(damage)
     with pytest.raises(StoreCorrupt):
@@ -301,12 +309,12 @@ def test_a_link_downloads_and_names_its_end(server, image_id):
 def test_path_style_puts_the_bucket_into_the_path(server, path_style, host, start, image_id):
     """With path_style the bucket is in the path; else boto3 puts it into the host's name where it can."""
     endpoint = server.replace("127.0.0.1", "localhost")
-    store = open_store(s3_settings(endpoint, path_style=path_style))
-    link = urlsplit(store._link(image_id, 0, "image/png"))
+    objects = open_objects(s3_settings(endpoint, path_style=path_style))
+    link = urlsplit(objects.link(f"images/{image_id}/0.png", "image/png", "0.png"))
     assert link.hostname == host
     assert link.path.startswith(start)
     if path_style:
-        store.check()
+        objects.check()
 
 
 REFUSALS = {
@@ -459,22 +467,6 @@ def test_a_damaged_answer_is_found_out(server, fault, error, image_id):
         assert store.record(image_id)["id"] == image_id
 
 
-def test_the_check_tells_of_a_server_without_conditional_writes(server, caplog):
-    """A server that ignores If-None-Match can be used, and the operator is told."""
-
-    def ignores(call):
-        call.headers.pop("If-None-Match", None)
-        s3.passes(call)
-
-    with failing(server, s3.passes, ignores) as proxy:
-        store = open_store(s3_settings(proxy.endpoint))
-        store.check()
-        assert [r.levelname for r in caplog.records if "If-None-Match" in r.message] == ["WARNING"]
-        caplog.clear()
-        store.check()  # the proxy's faults are used up
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
-
-
 @pytest.mark.parametrize("hides", ["put", "put and head"])
 def test_a_server_without_checksums_is_measured(server, hides, image_id):
     """Where S3 does not tell checksums, it is asked for them, and the length counts at the least."""
@@ -500,3 +492,129 @@ def test_a_server_without_checksums_is_measured(server, hides, image_id):
         else:
             with pytest.raises(StoreCorrupt):
                 store.save(image_id, request(), PICTURES)
+
+
+def names(store, image_id: str) -> list[str]:
+    """What is kept of an image."""
+    return [entry.key.rpartition("/")[2] for entry in store._objects.list(f"images/{image_id}/")]
+
+
+def test_attempts_write_side_by_side_and_one_is_committed(store, image_id):
+    """Attempts publish without meeting; the one that is committed is the image, and pruning leaves it alone."""
+    for attempt, scale in ((1, 2.0), (2, 3.0)):
+        made = (picture(attempt), picture(attempt + 10))
+        draft = store.publish(image_id, request(guidance_scale=scale), made, "acme", attempt)
+        assert store.draft(image_id, attempt) == draft
+        with pytest.raises(ImageNotFound):
+            store.record(image_id)
+    stored = store.commit(image_id, draft)
+    assert len(stored.urls) == 2
+    store.prune(image_id)
+    assert names(store, image_id) == ["2-0.png", "2-1.png", "record.json"]
+    assert store.draft(image_id, 2) is None
+    assert store.record(image_id) == draft
+    assert bytes_of(store.content(image_id, 1)) == picture(12).data
+
+
+def test_publishing_and_committing_may_be_repeated(store, image_id):
+    """Again the same, each does nothing; other pictures of one attempt, or another record, are refused."""
+    draft = store.publish(image_id, request(), PICTURES, "acme", 1)
+    assert store.publish(image_id, request(), PICTURES, "acme", 1) == draft
+    for other in ((PICTURES[0], picture(9)), PICTURES[:1]):
+        with pytest.raises(StoreConflict):
+            store.publish(image_id, request(), other, "acme", 1)
+    store.commit(image_id, draft)
+    store.commit(image_id, draft)
+    with pytest.raises(StoreConflict):
+        store.commit(image_id, {**draft, "attempt": 2})
+    assert store.record(image_id) == draft
+
+
+def test_a_record_without_pictures_leaves_none(store, image_id):
+    """What was published of a job that failed is gone after its record is there and was pruned."""
+    draft = store.publish(image_id, request(), PICTURES, "acme", 1)
+    assert store.commit(image_id, {**draft, "pictures": []}).urls == ()
+    store.prune(image_id)
+    assert names(store, image_id) == ["record.json"]
+    with pytest.raises(ImageNotFound):
+        store.content(image_id, 0)
+
+
+def test_only_what_was_never_published_is_discarded(store, image_id):
+    """Discarding takes the pictures of an attempt without a draft, and never those of one that was committed."""
+    draft = store.publish(image_id, request(), PICTURES, "acme", 1)
+    store.publish(image_id, request(), PICTURES, "acme", 11)
+    store._objects.delete(f"images/{image_id}/11.json")
+    for attempt in (1, 11):
+        store.discard(image_id, attempt)
+    assert names(store, image_id) == ["1-0.png", "1-1.png", "1.json"]
+    store.commit(image_id, draft)
+    store.prune(image_id)
+    store.discard(image_id, 1)
+    assert names(store, image_id) == ["1-0.png", "1-1.png", "record.json"]
+
+
+def test_erasing_leaves_nothing_and_takes_nothing_else(store):
+    """An erased image is not found, nothing of it is kept, and other images stay; doing it again does no harm."""
+    mine, other = next(IDS), next(IDS)
+    for image_id in (mine, other):
+        store.save(image_id, request(), PICTURES)
+    store.publish(mine, request(), PICTURES, "", 1)
+    for _ in range(2):
+        store.erase(mine)
+        assert names(store, mine) == []
+    with pytest.raises(ImageNotFound):
+        store.record(mine)
+    assert names(store, other) == ["0.png", "1.png", "record.json"]
+
+
+def test_an_erasing_that_breaks_off_can_be_done_again(server, image_id):
+    """The record goes last: while anything of an image is left, it is found by whoever erases again."""
+    store = open_store(s3_settings(server))
+    store.save(image_id, request(), PICTURES)
+    faults = (s3.passes, s3.passes, s3.slow_down, s3.slow_down)
+    with failing(server, *faults) as proxy, pytest.raises(StoreUnavailable):
+        open_store(s3_settings(proxy.endpoint)).erase(image_id)
+    assert names(store, image_id) == ["1.png", "record.json"]
+    store.erase(store.record(image_id)["id"])
+    assert names(store, image_id) == []
+
+
+def test_another_tenants_image_is_not_there(store, image_id):
+    """With a tenant only the tenant's own images are found; without one, all are."""
+    store.save(image_id, request(), PICTURES, "acme")
+    assert store.record(image_id, "acme") == store.record(image_id)
+    assert bytes_of(store.content(image_id, 0, "acme")) == PICTURES[0].data
+    for tenant in ("", "other"):
+        with pytest.raises(ImageNotFound):
+            store.record(image_id, tenant)
+        with pytest.raises(ImageNotFound):
+            store.content(image_id, 0, tenant)
+        with pytest.raises(ImageNotFound):
+            store.data(image_id, 0, tenant)
+
+
+def rewrite(path: Path, **changes) -> None:
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in {**record, **changes}.items() if value != "gone"}))
+
+
+def test_records_from_before_there_were_tenants_are_read(tmp_path, image_id):
+    """A record without tenant and attempt belongs to nobody in particular."""
+    store = folder(tmp_path)
+    store.save(image_id, request(), PICTURES)
+    rewrite(tmp_path / "images" / image_id / "record.json", tenant="gone", attempt="gone")
+    assert store.record(image_id, "")["attempt"] is None
+    assert store.content(image_id, 0).data == PICTURES[0].data
+    with pytest.raises(ImageNotFound):
+        store.record(image_id, "acme")
+
+
+@pytest.mark.parametrize("file", ["../../secret.png", "/etc/passwd", "1.png", "0.jpg", "0.png\n", "record.json", ""])
+def test_a_record_names_pictures_only(tmp_path, file, image_id):
+    """A file that cannot be the picture is never read, whatever the record says."""
+    store = folder(tmp_path)
+    pictures = store.save(image_id, request(), PICTURES).record["pictures"]
+    rewrite(tmp_path / "images" / image_id / "record.json", pictures=[{**pictures[0], "file": file}])
+    with pytest.raises(StoreCorrupt):
+        store.content(image_id, 0)
