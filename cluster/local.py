@@ -6,10 +6,10 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import SettingsInvalid
 from pipeline.settings import Settings
@@ -18,16 +18,24 @@ if TYPE_CHECKING:
     from deployments.app import Parts
 
 APPLICATION = "pulid"
+PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares"}  # the images set it too
 
 
 @contextmanager
-def running(settings: Settings, host: str, port: int, parts: "Callable[[], Parts] | None" = None) -> Iterator[str]:
+def running(
+    settings: Settings,
+    host: str,
+    port: int,
+    parts: "Callable[[], Parts] | None" = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[str]:
     """The application, as an address to send requests to; in the end all of it is stopped.
 
-    `parts` makes other stages than the preset's, for benchmarks; it is called once Ray may be imported.
+    `parts` makes other stages than the preset's, for benchmarks; it is called once Ray may be imported. `overrides`:
+    Serve options by deployment, as in deployments.app.wire.
     """
-    # A token of its own, so that no other user of this machine can drive the cluster; set before Ray reads it.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token(), RAY_USAGE_STATS_ENABLED="0")
+    # A token of its own, so that no other user of this machine can drive the cluster; all set before Ray reads it.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token(), RAY_USAGE_STATS_ENABLED="0", **PROXY)
     import ray
     from ray import serve
 
@@ -43,7 +51,7 @@ def running(settings: Settings, host: str, port: int, parts: "Callable[[], Parts
             name: {"ray_actor_options": {"num_cpus": 0.2, "num_gpus": share}} for name, share in GPU_SHARES.items()
         }
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-        serve.run(wire(settings, parts and parts(), shares if gpu else None), name=APPLICATION)
+        serve.run(wire(settings, parts and parts(), {**(shares if gpu else {}), **(overrides or {})}), name=APPLICATION)
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
         ray.shutdown()

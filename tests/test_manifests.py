@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from cluster import render
+from cluster.local import PROXY
 from deployments import app
 from pipeline.settings import Settings
 from tests import manifests
@@ -17,6 +18,7 @@ from tests import manifests
 ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "cluster" / "kuberay"
 DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
+README = (ROOT / "cluster" / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONFIG = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
 
@@ -192,6 +194,29 @@ def test_pods_outlive_what_runs_in_them() -> None:
         drain = int(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])  # Ray's own wait on SIGTERM; 30 by default
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] > drain > longest
     assert _service()["spec"]["rayClusterDeletionDelaySeconds"] > max(longest, args.limits.request_seconds)
+
+
+def test_the_ingress_finds_its_keys() -> None:
+    """The key file lies in a secret that is mounted, as a whole, into the nodes that the Ingress may run on."""
+    file = app.AppArgs.model_validate(CONFIG["applications"][0]["args"]).keys.file
+    assert file
+    (wanted,) = (d["ray_actor_options"]["label_selector"] for d in _deployments() if d["name"] == "Ingress")
+    for group in (g for g in _groups() if wanted.items() <= g["labels"].items()):
+        spec = group["template"]["spec"]
+        (mount,) = (m for m in spec["containers"][0]["volumeMounts"] if m["mountPath"] == str(file.parent))
+        (volume,) = (volume for volume in spec["volumes"] if volume["name"] == mount["name"])
+        assert mount["readOnly"] is True
+        assert "subPath" not in mount  # such a file is never brought up to date
+        assert not {"items", "optional"} & volume["secret"].keys()
+        assert f"generic {volume['secret']['secretName']} --from-file={file.name}" in README
+
+
+def test_the_proxy_obeys_no_header_of_a_client() -> None:
+    """Image and pods set what `pulid serve` sets, so that Serve's proxy strips the headers it would obey."""
+    for name, value in PROXY.items():
+        assert f"ENV {name}={value}\n" in DOCKERFILE
+        for group in _groups():
+            assert {"name": name, "value": value} in _containers(group["template"])[-1]["env"]
 
 
 def test_nothing_runs_on_the_head() -> None:
