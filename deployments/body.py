@@ -1,16 +1,17 @@
-"""The body of POST /v1/images: counted while it streams in, parsed strictly, validated; never repeated to anybody."""
+"""The body of a POST: counted while it streams in, parsed strictly, validated; never repeated to anybody."""
 
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
 from pipeline.errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedContentType
-from pipeline.request import Request
+from pipeline.request import Record, Request
 
+R = TypeVar("R", bound=Record)
 # The largest honest request needs a few hundred; base64 has none of these characters. More would only fill the memory:
 # a value of two bytes in JSON takes sixty in Python.
 MAX_SEPARATORS = 50_000
@@ -19,24 +20,42 @@ INLINE_BYTES = 1_000_000  # parsed in about 3 ms; less than it can take to hand 
 
 
 async def read_request(headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int) -> Request:
-    """A body as a Request; raises UnsupportedContentType, BodyTooLarge, MalformedBody, InvalidRequest."""
+    """A body as a Request; raises as `read`."""
+    return await read(Request, headers, chunks, max_bytes)
+
+
+async def read(kind: type[R], headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int) -> R:
+    """A JSON body as a record; raises UnsupportedContentType, BodyTooLarge, MalformedBody, InvalidRequest."""
     check_headers(headers, max_bytes)
     data = bytearray()
-    async for chunk in chunks:
+    async for chunk in counted(chunks, max_bytes):
         data += chunk
-        if len(data) > max_bytes:  # whatever Content-Length promised
-            raise _too_large(max_bytes)
     if len(data) < INLINE_BYTES:
-        return parse(data)
-    return await asyncio.to_thread(parse, data)  # a large body takes a while, and others are waiting
+        return record(kind, parsed(data))
+    return await asyncio.to_thread(lambda: record(kind, parsed(data)))  # it takes a while, and others are waiting
+
+
+async def counted(chunks: AsyncIterator[bytes], max_bytes: int) -> AsyncGenerator[bytes]:
+    """The chunks of a body; raises BodyTooLarge at the first that is too much, whatever Content-Length promised."""
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        yield chunk
 
 
 def check_headers(headers: Mapping[str, str], max_bytes: int) -> None:
-    """What can be refused before a byte of the body is read; header names are lower case."""
+    """What of JSON can be refused before a byte of it is read; header names are lower case."""
     kind, _, parameters = headers.get("content-type", "").partition(";")
     charset = parameters.strip().lower()
     if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8", 'charset="utf-8"'):
         raise UnsupportedContentType("Send JSON in UTF-8, with the header Content-Type: application/json.")
+    check_size(headers, max_bytes)
+
+
+def check_size(headers: Mapping[str, str], max_bytes: int) -> None:
+    """What of any body can be refused before a byte of it is read; header names are lower case."""
     if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise UnsupportedContentType("Send the body as it is, without Content-Encoding; photos are compressed already.")
     length = headers.get("content-length", "")
@@ -73,9 +92,14 @@ def parsed(data: bytes | bytearray) -> dict[str, Any]:
 
 
 def validated(value: Mapping[str, Any]) -> Request:
-    """JSON values as a Request; raises InvalidRequest, which names fields but repeats no values."""
+    """JSON values as a Request; raises InvalidRequest as `record`."""
+    return record(Request, value)
+
+
+def record(kind: type[R], value: Mapping[str, Any]) -> R:
+    """JSON values as a record; raises InvalidRequest, which names fields but repeats no values."""
     try:
-        return Request.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         raise _invalid(error) from None  # pydantic's error holds what was sent
 

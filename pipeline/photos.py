@@ -72,7 +72,7 @@ class PhotoReader:
     def _bytes(self, photo: Photo) -> bytes:
         if photo.url is not None:
             return self._fetcher.fetch(photo.url)
-        return _from_base64(photo.base64 or "", self._settings.max_bytes)
+        return from_base64(photo.base64 or "", self._settings.max_bytes)
 
     def _pixels(self, data: bytes) -> Pixels:
         image = _open(data, self._settings.max_pixels)
@@ -98,7 +98,7 @@ def mask_grid(
         down, across = (_covered(*ends, cells, margin) for ends, cells, margin in sides)
         return np.outer(down, across).astype(np.float32)
     try:
-        image = _open(_from_base64(mask.base64 or "", MASK_BYTES), MASK_PIXELS)
+        image = _open(from_base64(mask.base64 or "", MASK_BYTES), MASK_PIXELS)
         if max(image.size) > MASK_EDGE:
             raise PhotoTooLarge(f"is longer than {MASK_EDGE} pixels; send a smaller one.")
         gray = np.array(_upright_rgb(image, "black").convert("L"), np.float32) / 255
@@ -135,8 +135,11 @@ def _inside(cells: int, beyond: float) -> NDArray[np.float64]:
     return np.asarray(_overlap(np.array([beyond]), np.array([cells - beyond]), cells)[0], np.float64)
 
 
-def _from_base64(text: str, max_bytes: int) -> bytes:
-    """Standard or URL-safe base64, also as a `data:` URL, with whitespace, with or without padding."""
+def from_base64(text: str, max_bytes: int) -> bytes:
+    """Standard or URL-safe base64, also as a `data:` URL, with whitespace, with or without padding.
+
+    Raises PhotoTooLarge and PhotoUnreadable with what is wrong, to stand behind the photo's name.
+    """
     too_large = PhotoTooLarge(f"has more than {max_bytes} bytes; send a smaller one.")
     if len(text) > max_bytes * 3 // 2 + 1024:  # a third more in base64; the rest is room for line ends and a header
         raise too_large
@@ -170,6 +173,12 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if kind != "JPEG" and getattr(image, "is_animated", False):
         raise PhotoUnreadable("is animated; send a still picture.")
     return image
+
+
+def media_type(data: bytes) -> str | None:
+    """What a picture's bytes say it is, of the types that are read; None for all else."""
+    kind = _kind(data)
+    return None if kind is None else f"image/{kind.lower()}"
 
 
 def _kind(data: bytes) -> str | None:
