@@ -15,10 +15,10 @@ from pipeline.drawing import Work
 from pipeline.engine import Engine
 from pipeline.faces import Face, FaceBox, Faces
 from pipeline.identity import Identity
+from pipeline.objects_memory import MemoryObjects
 from pipeline.picture import Picture
 from pipeline.request import Person, Request
 from pipeline.settings import Settings
-from pipeline.stored import Content, Stored, describe, find_picture
 from pipeline.text import Text
 from pipeline.trace import Trace, total
 
@@ -88,7 +88,7 @@ class NoDenoise(_Stage):
         """See pipeline.denoise.FluxDenoiser."""
         limits, curves = self.settings.engine, Curves()
         curves.learn(Shape(1, 1, 1), 1, self.seconds)
-        return Engine(self, curves, limits.max_jobs, limits.max_rows, limits.preview_steps)
+        return Engine(self, curves, limits.max_jobs, self.settings.max_rows, limits.preview_steps)
 
     def purge(self) -> None:
         """Nothing is kept that could be."""
@@ -150,49 +150,37 @@ class TimedDenoise(NoDenoise):
     waits = True
 
 
-class MemoryStore:
-    """The last pictures, in the memory of one process."""
+class LastObjects(MemoryObjects):
+    """The last objects that were written, in the memory of one process."""
 
-    kept = 64
+    kept = 256
 
-    def __init__(self) -> None:
-        self._images: dict[str, tuple[dict[str, Any], Sequence[Picture]]] = {}
-
-    def check(self) -> None:
-        """Nothing can be wrong with it."""
-
-    def save(self, image_id: str, request: Request, pictures: Sequence[Picture]) -> Stored:
-        """See pipeline.stored.Store."""
-        record = describe(image_id, request, pictures, 0.0)
-        self._images[image_id] = (record, pictures)
-        while len(self._images) > self.kept:
-            del self._images[next(iter(self._images))]
-        return Stored(image_id, (), record)
-
-    def record(self, image_id: str) -> dict[str, Any]:
-        """See pipeline.stored.Store."""
-        return self._images[image_id][0]
-
-    def content(self, image_id: str, number: int) -> Content:
-        """See pipeline.stored.Store."""
-        record, pictures = self._images[image_id]
-        return Content(find_picture(record, number)["media_type"], data=pictures[number].data)
+    def _write(self, key: str, data: bytes, expected: str | None) -> str:
+        etag = super()._write(key, data, expected)
+        while len(self._objects) > self.kept:
+            del self._objects[next(iter(self._objects))]
+        return etag
 
 
-def memory_store(settings: Settings) -> MemoryStore:  # noqa: ARG001
-    """A store for Parts."""
-    return MemoryStore()
+def memory_objects(settings: Settings) -> LastObjects:  # noqa: ARG001
+    """Objects for Parts."""
+    return LastObjects()
+
+
+def models(settings: Settings) -> dict[str, str]:  # noqa: ARG001
+    """There are none."""
+    return {}
 
 
 def no_ops() -> "Parts":
     """Stages that take no time."""
     from deployments.app import Parts
 
-    return Parts(NoFaces, NoIdentity, NoText, NoDenoise, memory_store)
+    return Parts(NoFaces, NoIdentity, NoText, NoDenoise, memory_objects, models)
 
 
 def timed() -> "Parts":
     """The same, but for a denoiser whose steps take time."""
     from deployments.app import Parts
 
-    return Parts(NoFaces, NoIdentity, NoText, TimedDenoise, memory_store)
+    return Parts(NoFaces, NoIdentity, NoText, TimedDenoise, memory_objects, models)

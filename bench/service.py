@@ -14,12 +14,13 @@ import numpy as np
 from bench.load import PATH, Load, arrivals, encoded, send
 from bench.load_report import report
 from bench.measure import Part, Result, at_least, at_most, compared, exactly, seconds
-from bench.noop import STEP_SECONDS, MemoryStore, NoDenoise, NoFaces, NoIdentity, NoText, no_ops, timed
+from bench.noop import STEP_SECONDS, NoDenoise, NoFaces, NoIdentity, NoText, memory_objects, no_ops, timed
 from bench.registry import Run
 from cluster.local import free_port, running
 from pipeline import flow
 from pipeline.request import Request
 from pipeline.settings import LimitSettings, Settings
+from pipeline.store import ImageStore
 
 if TYPE_CHECKING:
     from deployments.app import Parts
@@ -124,7 +125,7 @@ def _in_process(settings: Settings, body: Mapping[str, Any]) -> Callable[[], obj
         text=NoText(settings).encode,
         denoise=NoDenoise(settings).denoise,
     )
-    store, request = MemoryStore(), Request.model_validate(body)
+    store, request = ImageStore(memory_objects(Settings())), Request.model_validate(body)
     return lambda: flow.generate(request, stages, store)
 
 

@@ -11,15 +11,19 @@ from ray import serve
 from ray.serve import Application
 
 from deployments import denoiser, parallel, stages
+from deployments.board import Board
 from deployments.ingress import Ingress
 from pipeline.faces import FaceDetector
+from pipeline.identities import models_in_use
 from pipeline.identity import IdentityEncoder
+from pipeline.objects import Objects
 from pipeline.settings import Settings
-from pipeline.store import Store
+from pipeline.store import open_objects
 from pipeline.text import TextEncoder
 
 # Shares of one GPU: together they fill it, and no second FluxDenoiser fits beside the first.
 GPU_SHARES = {"IdentityEncoder": 0.1, "TextEncoder": 0.3, "FluxDenoiser": 0.6}
+EVENT_SECONDS = 600.0  # for which the events of a job can be had after the last of them
 SHUTDOWN_MARGIN = 30  # seconds beyond the longest request, so that a rollout loses none
 
 
@@ -35,7 +39,8 @@ class Parts:
     identity: Callable[[Settings], Any] = IdentityEncoder.load
     text: Callable[[Settings], Any] = TextEncoder.load
     denoise: Callable[[Settings], Any] = parallel.load
-    store: Callable[[Settings], Store] | None = None
+    objects: Callable[[Settings], Objects] = lambda settings: open_objects(settings.store)
+    models: Callable[[Settings], Mapping[str, str]] = models_in_use
 
 
 def build(args: AppArgs) -> Application:
@@ -62,8 +67,11 @@ def wire(
         "TextEncoder": deploy(stages.TextEncoder, parts.text),
         "FluxDenoiser": deploy(denoiser.FluxDenoiser, parts.denoise),
     }
+    board = serve.deployment(name="Board", **options["Board"])(Board).bind(EVENT_SECONDS)
     ingress = serve.ingress()(Ingress)
-    return serve.deployment(name="Ingress", **options["Ingress"])(ingress).bind(settings, handles, parts.store)
+    return serve.deployment(name="Ingress", **options["Ingress"])(ingress).bind(
+        settings, handles, board, parts.objects, parts.models
+    )
 
 
 def defaults(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -77,6 +85,13 @@ def defaults(settings: Settings) -> dict[str, dict[str, Any]]:
         "ray_actor_options": {"num_cpus": 0.2, "num_gpus": 0},
     }
     return {
+        # One, as all have to meet in it; whoever watches a job has a call open there.
+        "Board": {
+            **shared,
+            "max_ongoing_requests": 10_000,
+            "max_queued_requests": 10_000,
+            "graceful_shutdown_timeout_s": 1,
+        },
         # Far more than `limits.max_requests`: the API itself refuses beyond that, as a problem, and goes on to answer
         # health checks and reads.
         "Ingress": {**shared, "max_ongoing_requests": 16 * settings.limits.max_requests},

@@ -3,14 +3,25 @@
 import logging
 import traceback
 import uuid
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.errors import Busy, Fault, InternalError, InvalidRequest, Overloaded, PipelineError, WorkerUnavailable
+from pipeline.errors import (
+    Busy,
+    Fault,
+    InternalError,
+    InvalidRequest,
+    KeyInvalid,
+    Overloaded,
+    PipelineError,
+    RateLimited,
+    WorkerUnavailable,
+)
 
 log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -45,8 +56,11 @@ def explain(kind: type[PipelineError]) -> dict[str, Any]:
     return {"code": kind.code, "status": kind.status, "title": _title(kind)}
 
 
-def response(error: PipelineError, retry_after: int) -> JSONResponse:
-    """The answer to a request that failed; of a fault of ours the caller learns only the id that the log has too."""
+def problem(error: PipelineError, status: int | None = None) -> dict[str, Any]:
+    """What a caller is told of an error; of a fault of ours only the id, which the log has too.
+
+    `status`: in the place of the error's own, where what was asked for stands in the address.
+    """
     instance = f"urn:uuid:{uuid.uuid4()}"
     detail = str(error)
     if isinstance(error, Fault):
@@ -54,17 +68,41 @@ def response(error: PipelineError, retry_after: int) -> JSONResponse:
         detail = f"This is not your doing. Try again, or tell whoever runs this service the id {instance}."
     elif isinstance(error, Busy):
         log.warning("%s %s", instance, error.code)
-    problem = {
+    told: dict[str, Any] = {
         "type": f"/problems/{error.code}",
         "title": _title(type(error)),
-        "status": error.status,
+        "status": error.status if status is None else status,
         "detail": detail,
+        "instance": instance,
+        "code": error.code,
     }
-    problem |= {"instance": instance, "code": error.code}
     if isinstance(error, InvalidRequest) and error.fields:
-        problem["errors"] = [{"field": field, "problem": what} for field, what in error.fields]
-    headers = {"Retry-After": str(retry_after)} if isinstance(error, Overloaded | WorkerUnavailable) else {}
-    return JSONResponse(problem, error.status, headers, MEDIA_TYPE)
+        told["errors"] = [{"field": field, "problem": what} for field, what in error.fields]
+    return told
+
+
+def response(error: PipelineError, retry_after: int, status: int | None = None) -> JSONResponse:
+    """The answer to a request that failed; `retry_after` in seconds. See problem."""
+    told = problem(error, status)
+    return JSONResponse(told, told["status"], answer_headers(error, retry_after), MEDIA_TYPE)
+
+
+def answer_headers(error: PipelineError, retry_after: int) -> dict[str, str]:
+    """The headers that belong to an error in whatever shape it is told; `retry_after` in seconds, where it has none."""
+    if isinstance(error, KeyInvalid):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, RateLimited):
+        return {"Retry-After": str(error.retry_after)}
+    return {"Retry-After": str(retry_after)} if isinstance(error, Overloaded | WorkerUnavailable) else {}
+
+
+def documented(*kinds: type[PipelineError]) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for OpenAPI."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        entry = found.setdefault(kind.status, {"description": "", "model": Problem})
+        entry["description"] = f"{entry['description']} `{kind.code}`: {kind.__doc__}".strip()
+    return found
 
 
 def http_response(status: int, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -94,11 +132,11 @@ def unforeseen(error: BaseException, where: str) -> InternalError:
 
 
 class LastResort:
-    """ASGI middleware: whatever escaped every handler becomes a problem too, if the answer has not begun."""
+    """ASGI middleware: whatever escaped every handler is told like other errors, if the answer has not begun."""
 
-    def __init__(self, app: ASGIApp, retry_after: int) -> None:
-        self._app = app
-        self._retry_after = retry_after
+    def __init__(self, app: ASGIApp, refusal: Callable[[Scope, PipelineError], Response]) -> None:
+        """`refusal` makes the answer."""
+        self._app, self._refusal = app, refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, and watch whether an answer begins."""
@@ -115,4 +153,4 @@ class LastResort:
             told = unforeseen(error, "the HTTP layer")
             if begun or scope["type"] != "http":
                 raise told from None
-            await response(told, self._retry_after)(scope, receive, send)
+            await self._refusal(scope, told)(scope, receive, send)

@@ -40,3 +40,10 @@ def encode(pixels: NDArray[np.uint8], output_format: str, quality: int) -> bytes
     options: dict[str, Any] = {} if output_format == "png" else {"quality": quality}
     Image.fromarray(pixels).save(buffer, format="JPEG" if output_format == "jpg" else output_format, **options)
     return buffer.getvalue()
+
+
+def enlarged(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """A preview (h, w, 3) as large as its picture will be: (height, width, 3), smooth in between."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC), np.uint8)

@@ -1,11 +1,11 @@
-"""What a caller asks for: Request, Person, Photo, Mask. Each validates itself and never changes.
+"""What a caller asks for: Request, Person, Photo, Mask, NewIdentity. Each validates itself and never changes.
 
 Names are the field's own; ranges and defaults are those of the official PuLID-FLUX app (app_flux.py).
 """
 
 import secrets
 import unicodedata
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.types import NonNegativeInt
@@ -13,12 +13,20 @@ from pydantic.types import NonNegativeInt
 MAX_SEED = 2**64 - 1
 MAX_PEOPLE = 4
 MAX_PHOTOS = 8
+MAX_NAME = 64  # characters of an identity's label
 MAX_FIELDS = 100  # in one object of JSON, known or not
+JobEvent = Literal["queued", "started", "step", "succeeded", "failed", "cancelled"]
+JOB_EVENTS: tuple[JobEvent, ...] = get_args(JobEvent)
+JOB_ENDS: tuple[JobEvent, ...] = ("succeeded", "failed", "cancelled")
 NEGATIVE_PROMPT = "bad quality, worst quality, text, signature, watermark, extra limbs"
 # Format characters hide what a prompt says and are refused, but for those that writing needs: the two joiners of
 # scripts and emoji, and marks of Arabic, Syriac and Kaithi that can be seen.
 WRITING = frozenset("\t\n\r\u200c\u200d\u06dd\u070f\u08e2\U000110bd\U000110cd") | {chr(c) for c in range(0x600, 0x606)}
 FILLERS = frozenset("\u115f\u1160\u3164\uffa0")  # letters by their category, and blank
+
+
+FaceChoice = Literal["largest", "center", "left", "right"] | NonNegativeInt
+Fusion = Literal["mean", "concat"]
 
 
 class Record(BaseModel):
@@ -33,6 +41,13 @@ class Record(BaseModel):
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise ValueError("has far more fields than there are")
         return value
+
+
+def _visible(value: str) -> str:
+    for position, character in enumerate(value):
+        if character in FILLERS or (unicodedata.category(character) in ("Cc", "Cf") and character not in WRITING):
+            raise ValueError(f"remove the invisible character U+{ord(character):04X} at position {position}")
+    return value
 
 
 def _few(value: Any, most: int) -> Any:
@@ -100,10 +115,10 @@ class Person(Record):
 
     photos: Annotated[tuple[Photo, ...], Field(max_length=MAX_PHOTOS)] = ()
     identity: str | None = Field(None, max_length=64, description="the id of a stored identity, instead of photos")
-    face: Literal["largest", "center", "left", "right"] | NonNegativeInt = Field(
+    face: FaceChoice = Field(
         "largest", description="which face of each photo; a number counts from left to right, from 0"
     )
-    fusion: Literal["mean", "concat"] = Field("mean", description="how several photos become one identity")
+    fusion: Fusion = Field("mean", description="how several photos become one identity")
     id_weight: float = Field(1.0, ge=0, le=3)
     start_step: int = Field(0, ge=0, le=10, description="first step at which the identity acts")
     end_step: int | None = Field(None, ge=1, le=30, description="first step at which it acts no more; null: never")
@@ -146,19 +161,27 @@ class Request(Record):
     deadline_seconds: float | None = Field(
         None, gt=0, description="after which the answer is deadline_exceeded; null: the service's own limit"
     )
+    webhook: str | None = Field(
+        None, max_length=2048, repr=False, description="an https:// address that is told what happens to a job"
+    )
+    webhook_events: Annotated[tuple[JobEvent, ...], Field(max_length=len(JOB_EVENTS))] = Field(
+        JOB_ENDS, description="of what it is told"
+    )
 
     @field_validator("people", mode="before")
     @classmethod
     def _people_from_list(cls, value: Any) -> Any:
         return _few(value, MAX_PEOPLE)
 
+    @field_validator("webhook_events", mode="before")
+    @classmethod
+    def _events_from_list(cls, value: Any) -> Any:
+        return _few(value, len(JOB_EVENTS))
+
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _visible_text(cls, value: str) -> str:
-        for position, character in enumerate(value):
-            if character in FILLERS or (unicodedata.category(character) in ("Cc", "Cf") and character not in WRITING):
-                raise ValueError(f"remove the invisible character U+{ord(character):04X} at position {position}")
-        return value
+        return _visible(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -181,4 +204,38 @@ class Request(Record):
     def without_photos(self) -> "Request":
         """Itself without the photos' bytes and addresses: what the denoiser needs, and what may be kept."""
         people = tuple(person.model_copy(update={"photos": ()}) for person in self.people)
-        return self.model_copy(update={"people": people})
+        return self.model_copy(update={"people": people, "webhook": None})
+
+
+class NewIdentity(Record):
+    """A person to be stored: photos, which face of each, and for how long."""
+
+    photos: Annotated[tuple[Photo, ...], Field(min_length=1, max_length=MAX_PHOTOS)]
+    face: FaceChoice = Field(
+        "largest", description="which face of each photo; a number counts from left to right, from 0"
+    )
+    fusion: Fusion = Field("mean", description="how several photos become one identity")
+    name: str | None = Field(None, min_length=1, max_length=MAX_NAME, repr=False, description="a label for its owner")
+    seconds: float | None = Field(None, gt=0, description="after which it is erased; null: the service's own time")
+    keep_photos: bool = Field(False, description="whether the photos are kept too; only those that come as bytes are")
+
+    @field_validator("photos", mode="before")
+    @classmethod
+    def _photos_from_list(cls, value: Any) -> Any:
+        return _few(value, MAX_PHOTOS)
+
+    @field_validator("name")
+    @classmethod
+    def _visible_name(cls, value: str | None) -> str | None:
+        return None if value is None else _visible(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.keep_photos and any(photo.base64 is None for photo in self.photos):
+            raise ValueError("keep_photos keeps what is sent as bytes; send base64 or files, and no addresses")
+        return self
+
+    @property
+    def person(self) -> Person:
+        """Whom the photos show, as a request would say it."""
+        return Person(photos=self.photos, face=self.face, fusion=self.fusion)

@@ -15,7 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import SettingsInvalid
 
 PREFIX = "PULID_"
+# read by `pulid` as a client of a service; no settings of ours
+CLIENTS = ("PULID_API_KEY", "PULID_STUDIO__SERVER", "PULID_STUDIO__PASSWORD")
+MIN_SECRET = 24
 PresetName = Literal["miniature", "flux-dev", "flux-krea-dev", "flux-schnell"]
+
+MemoryMode = Literal["resident", "lean", "cast", "gguf", "nf4"]
 
 
 class Group(BaseModel):
@@ -35,6 +40,8 @@ class StoreSettings(Group):
     connect_seconds: float = Field(5.0, gt=0, description="time to connect to S3")
     read_seconds: float = Field(20.0, gt=0, description="time to wait for S3's answer")
     attempts: int = Field(3, ge=1, le=10, description="tries of one call to S3, the first included")
+    encryption: Literal["", "AES256", "aws:kms"] = Field("", description="asked of S3 for all it keeps; empty: its own")
+    kms_key: str | None = Field(None, description="the key of aws:kms; null: the bucket's own")
 
     @field_validator("url")
     @classmethod
@@ -69,7 +76,7 @@ class CacheSettings(Group):
     """What replicas remember of inputs they have seen; biometric data never outlives its seconds."""
 
     identity_bytes: int = Field(64_000_000, ge=0, description="faces and identities in one replica; 0: none are kept")
-    tenant_bytes: int = Field(16_000_000, ge=0, description="of these, the most that one tenant's may take")
+    tenant_bytes: int = Field(16_000_000, ge=0, description="of these, the most that one named tenant's may take")
     identity_seconds: float = Field(3600.0, gt=0, description="after which a face or an identity is forgotten")
     prompt_bytes: int = Field(256_000_000, ge=0, description="encoded prompts in one replica; 0: none are kept")
     prompt_seconds: float = Field(86400.0, gt=0, description="after which an encoded prompt is forgotten")
@@ -79,16 +86,22 @@ class EngineSettings(Group):
     """How one FluxDenoiser serves many pictures at once."""
 
     max_jobs: int = Field(16, ge=1, description="pictures in one replica, waiting ones included")
-    max_rows: int = Field(8, ge=1, description="pictures in one forward pass; 1: each to the last bit as if alone")
+    max_rows: int | None = Field(
+        None, ge=1, description="pictures in one forward pass; 1: each as if alone, to the bit; null: by memory mode"
+    )
     sizes: tuple[Annotated[str, Field(pattern=r"^\d+x\d+$")], ...] = Field(
         (), description="WIDTHxHEIGHT whose seconds per step are measured at start-up; empty: the usual ones"
     )
-    folded_bytes: int = Field(1_000_000_000, ge=0, description="folded identities kept on the device")
+    folded_bytes: int | None = Field(
+        None, ge=0, description="folded identities kept on the device; null: by memory mode"
+    )
     modulation: Literal["auto", "live", "table", "host"] = Field(
         "auto", description="computed in each step, or once per picture, with its weights on the device or the host"
     )
     preview_steps: int = Field(4, ge=0, description="a preview after every so many steps; 0: none")
-    step_seconds: float = Field(60.0, gt=0, description="a step that takes longer hangs, and its replica is replaced")
+    step_seconds: float = Field(
+        60.0, gt=0, description="a step or decoding that takes longer hangs, and its replica is replaced"
+    )
 
 
 class AccelerationSettings(Group):
@@ -102,9 +115,50 @@ class AccelerationSettings(Group):
     step_cache: float = Field(0.0, ge=0, lt=1, description="threshold of the first-block cache; 0: every step is whole")
     context_parallel: int = Field(1, ge=1, le=8, description="GPUs that share the tokens of one picture")
     vae_channels_last: bool = Field(False, description="the autoencoder's convolutions in channels_last")
-    memory: Literal["resident", "lean", "cast", "gguf", "nf4"] = Field(
-        "resident", description="what stays on the card; docs/settings.md has the table"
+    memory: MemoryMode = Field("resident", description="what stays on the card; docs/settings.md has the table")
+
+
+class KeySettings(Group):
+    """Who may use the service."""
+
+    file: Path | None = Field(None, description="the hashed API keys, one tenant each; null: no key is asked for")
+
+
+class JobSettings(Group):
+    """Work that goes on without its caller."""
+
+    max_open: int = Field(1000, ge=1, description="jobs that are queued or running, of everybody; then 429")
+    max_running: int = Field(16, ge=1, description="jobs in the making in one ingress replica")
+    lease_seconds: float = Field(15.0, gt=0, description="without a heartbeat for so long, a job is taken over")
+    scan_seconds: float = Field(1.0, gt=0, description="between two looks for jobs that nobody runs")
+    attempts: int = Field(5, ge=1, description="tries of a job whose workers were lost; then it fails")
+    deadline_seconds: float = Field(86400.0, gt=0, description="for a job that names none; waiting included")
+    wait_seconds: float = Field(60.0, gt=0, description="the longest that `Prefer: wait=N` waits")
+    replay_seconds: float = Field(86400.0, gt=0, description="for which an Idempotency-Key is remembered")
+
+
+class WebhookSettings(Group):
+    """Telling callers that their job has come further."""
+
+    secret: str = Field("", repr=False, description="webhooks are signed with keys made of it; empty: none are sent")
+    seconds: float = Field(10.0, gt=0, description="time for one delivery")
+    attempts: int = Field(5, ge=1, le=20, description="tries of one delivery, the first included")
+
+    @field_validator("secret")
+    @classmethod
+    def _not_guessable(cls, value: str) -> str:
+        if value and len(value) < MIN_SECRET:  # tenants know what is made of it, and could try all short ones
+            raise ValueError(f"must have at least {MIN_SECRET} characters; `openssl rand -base64 32` makes one")
+        return value
+
+
+class IdentitySettings(Group):
+    """Stored identities."""
+
+    seconds: float = Field(
+        2_592_000.0, gt=0, description="after which an identity is erased, where its caller says none"
     )
+    max_seconds: float = Field(31_536_000.0, gt=0, description="the longest that a caller may ask for")
 
 
 class Settings(Group):
@@ -128,6 +182,27 @@ class Settings(Group):
     cache: CacheSettings = CacheSettings()
     engine: EngineSettings = EngineSettings()
     acceleration: AccelerationSettings = AccelerationSettings()
+    keys: KeySettings = KeySettings()
+    jobs: JobSettings = JobSettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    identities: IdentitySettings = IdentitySettings()
+
+    @property
+    def max_rows(self) -> int:
+        """Pictures in one forward pass: as set, or what the memory mode has room for.
+
+        One where steps are skipped, as each row decides for itself which.
+        """
+        if self.acceleration.step_cache:
+            return 1
+        usual = 8 if self.acceleration.memory == "resident" else 1
+        return usual if self.engine.max_rows is None else self.engine.max_rows
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of folded identities on the device: as set, or what the memory mode has room for: one photo's."""
+        usual = 1_000_000_000 if self.acceleration.memory == "resident" else 130_000_000
+        return usual if self.engine.folded_bytes is None else self.engine.folded_bytes
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **overrides: Any) -> Self:
@@ -138,7 +213,7 @@ class Settings(Group):
         found = os.environ if environment is None else environment
         tree: dict[str, Any] = {}
         for name, text in found.items():
-            if name.startswith(PREFIX):
+            if name.startswith(PREFIX) and name not in CLIENTS:
                 _put(tree, name.removeprefix(PREFIX).lower().split("__"), text, name)
         for path, value in overrides.items():
             _put(tree, path.split("__"), value, path)

@@ -6,6 +6,7 @@ Each notes what happened as empty files in `settings.weights_dir`, so that a tes
 import base64
 import binascii
 import hashlib
+import math
 import os
 import threading
 from dataclasses import dataclass, fields
@@ -21,9 +22,9 @@ from pipeline.engine import Engine
 from pipeline.errors import InternalError, NoFace, PhotoUnreadable
 from pipeline.faces import Face, FaceBox, Faces
 from pipeline.identity import Identity
+from pipeline.objects_memory import MemoryObjects
 from pipeline.picture import MEDIA_TYPES, Picture, encode
-from pipeline.store import open_store
-from pipeline.stored import Content, Stored, checked_id, describe, find_picture, not_found
+from pipeline.store import ImageStore, open_objects
 from pipeline.text import Text
 from pipeline.trace import Trace, total
 
@@ -51,10 +52,18 @@ def _node():
     return ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
 
 
-def noted_store(settings):
-    """The real store, in a process that is then known to be the ingress."""
+def noted_objects(settings):
+    """The real objects, in a process that is then known to be the ingress."""
     note(settings.weights_dir, "loaded", "Ingress", os.getpid(), _node())
-    return open_store(settings.store)
+    return open_objects(settings.store)
+
+
+def painted(seed=7):
+    """A small finished picture of one face."""
+    pixels = np.full((16, 16, 3), seed % 256, np.uint8)
+    faces = ((FaceBox(0, (1.0, 2.0, 3.0, 4.0), 0.5),),)
+    trace = Trace({"faces": 0.1, "queue": 0.0, "denoise": 1.0}, {"faces": "00"})
+    return Picture(encode(pixels, "png", 80), "image/png", 16, 16, seed, 4, False, faces, trace)
 
 
 def numbers(shape, *parts):
@@ -101,6 +110,9 @@ class Fake:
 
 
 class FakeFaces(Fake):
+    def purge(self):
+        """It keeps nothing."""
+
     def detect(self, person, index, tenant="", cancelled=None):
         faces = []
         for number, photo in enumerate(person.photos):
@@ -166,12 +178,18 @@ class FakeDenoise(Fake):
     def engine(self):
         return Engine(self, Curves(), self.limits.max_jobs, preview_steps=self.limits.preview_steps)
 
-    def denoise(self, request, number, text, negative, *identities, on_step=None, cancelled=None):
+    def denoise(self, request, number, text, negative, *identities, expires=None, on_step=None, cancelled=None):
         work = Work(request, number, text, negative, identities)
-        return draw(Engine(self, Curves(), max_jobs=1), work, on_step, cancelled)
+        return draw(Engine(self, Curves(), max_jobs=1), work, on_step, cancelled, expires)
 
     def purge(self):
         """It keeps nothing."""
+
+    def check(self):
+        """It is alone, and never out of step."""
+
+    def compiler_idle_seconds(self):
+        return math.inf
 
     def shape(self, work):
         return Shape(1, 1, 1)
@@ -199,6 +217,9 @@ class FakeDenoise(Fake):
     def preview(self, drawing):
         return np.zeros((2, 2, 3), np.uint8)
 
+    def relieve(self, error):
+        return False
+
     def finish(self, drawing):
         work, request = drawing.work, drawing.work.request
         data = [record.tobytes() for record in (work.text.pooled, *(identity.tokens for identity in work.identities))]
@@ -219,25 +240,16 @@ class FakeDenoise(Fake):
         )
 
 
-class MemoryStore:
+def memory_store():
     """Pictures in this process."""
+    return ImageStore(MemoryObjects())
 
-    def __init__(self):
-        self.images = {}
 
-    def check(self):
-        """Nothing can be wrong with it."""
+def memory_objects(settings):
+    """Objects in this process, for Parts."""
+    return MemoryObjects()
 
-    def save(self, image_id, request, pictures):
-        record = describe(image_id, request, pictures, 0.5)
-        self.images[image_id] = (record, list(pictures))
-        return Stored(image_id, tuple(f"memory:{number}" for number, _ in enumerate(pictures)), record)
 
-    def record(self, image_id):
-        if checked_id(image_id) not in self.images:
-            raise not_found()
-        return self.images[image_id][0]
-
-    def content(self, image_id, number):
-        entry = find_picture(self.record(image_id), number)
-        return Content(entry["media_type"], data=self.images[image_id][1][number].data)
+def fake_models(settings):
+    """What the traces of the fakes say of model files, for Parts."""
+    return {"faces": "00", "identity": "11"}

@@ -7,11 +7,12 @@ import pytest
 from deployments.api import create_api
 from deployments.body import MAX_SEPARATORS
 from deployments.problems import leaves
-from pipeline import errors, flow
+from pipeline import errors
 from pipeline.request import Request
 from pipeline.settings import LimitSettings, Settings
 from pipeline.stored import Content
-from tests.fakes import A_FACE, NO_FACE, FakeDenoise, FakeFaces, FakeIdentity, FakeText, MemoryStore
+from tests.fakes import A_FACE, NO_FACE
+from tests.service import InProcess
 
 SECRET = "a very private wish"
 SMALL = {"prompt": "portrait", "width": 256, "height": 256, "seed": 5, "people": [{"photos": [A_FACE]}]}
@@ -19,24 +20,17 @@ JSON = {"content-type": "application/json"}
 LIMITS = LimitSettings(max_body_bytes=200_000, request_seconds=5, retry_after_seconds=7)
 
 
-class Service:
-    """The service in one process, over the fake stages; `failure` is raised instead of making pictures."""
+class Service(InProcess):
+    """The service in one process; `failure` is raised instead of making pictures."""
 
     def __init__(self, folder, failure=None):
-        settings = Settings(weights_dir=folder)
-        self.stages = flow.Stages(
-            faces=FakeFaces(settings).detect,
-            identity=FakeIdentity(settings).encode,
-            text=FakeText(settings).encode,
-            denoise=FakeDenoise(settings).denoise,
-        )
-        self.store = MemoryStore()
+        super().__init__(Settings(weights_dir=folder))
         self.failure = failure
         self.cancelled = self.waiting = False
 
-    async def generate(self, request):
+    async def make(self, request, tenant, expires, progress=None):
         if self.failure is None:
-            return flow.generate(request, self.stages, self.store)
+            return await super().make(request, tenant, expires, progress)
         if self.failure is asyncio.Event:
             self.waiting = True
             try:
@@ -45,20 +39,14 @@ class Service:
                 self.cancelled = True
         raise self.failure
 
-    async def record(self, image_id):
-        return self.store.record(image_id)
-
-    async def content(self, image_id, number):
-        content = self.store.content(image_id, number)
+    async def content(self, image_id, number, tenant=""):
+        content = await super().content(image_id, number, tenant)
         return Content(content.media_type, link=f"https://s3.example/{number}") if number == 3 else content
 
     async def health(self):
         if self.failure is not None:
             raise self.failure
-        return {"status": "ok"}
-
-    def models(self):
-        return {"preset": "miniature"}
+        return await super().health()
 
 
 @pytest.fixture
@@ -68,7 +56,7 @@ def send(tmp_path):
 
     def send(method, path, service=calm, limits=LIMITS, **options):
         async def go():
-            transport = httpx.ASGITransport(create_api(service, limits))
+            transport = httpx.ASGITransport(create_api(service, Settings(limits=limits)))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 return await client.request(method, path, **options)
 
@@ -261,7 +249,7 @@ def test_beyond_max_requests_the_api_itself_refuses(tmp_path):
     limits = LimitSettings(max_requests=1, request_seconds=60, retry_after_seconds=7)
 
     async def go():
-        transport = httpx.ASGITransport(create_api(service, limits))
+        transport = httpx.ASGITransport(create_api(service, Settings(limits=limits)))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             first = asyncio.ensure_future(client.post("/v1/images", json=SMALL))
             while not service.waiting:
@@ -292,7 +280,7 @@ def test_every_error_has_its_answer(tmp_path, post, caplog, kind):
     else:
         assert problem["detail"] == "folder /models is empty; mend it."
     wait = response.headers.get("retry-after")
-    assert wait == ("7" if kind in (errors.Overloaded, errors.WorkerUnavailable) else None)
+    assert wait == {errors.Overloaded: "7", errors.WorkerUnavailable: "7", errors.RateLimited: "1"}.get(kind)
 
 
 def test_what_nobody_foresaw_is_told_and_logged_without_its_words(tmp_path, post, caplog):
@@ -342,7 +330,7 @@ def test_health_and_models(send, tmp_path):
     assert send("GET", "/healthz").json() == {"status": "ok"}
     ill = Service(tmp_path, errors.StoreUnavailable("no answer"))
     assert_problem(send("GET", "/healthz", service=ill), 503, "store_unavailable")
-    assert send("GET", "/v1/models").json() == {"preset": "miniature"}
+    assert send("GET", "/v1/models").json()["preset"] == "miniature"
 
 
 def test_the_type_of_a_problem_is_an_address_that_explains_it(send):

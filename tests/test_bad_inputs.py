@@ -42,7 +42,7 @@ class Service:
 @pytest.fixture(scope="module")
 def post():
     """Sends people to the API; answers with status, code and detail."""
-    api = create_api(Service(Settings(device="cpu")), LimitSettings(request_seconds=60))
+    api = create_api(Service(Settings(device="cpu")), Settings(limits=LimitSettings(request_seconds=60)))
 
     def post(**person):
         async def go():

@@ -16,6 +16,7 @@ from ray import serve
 
 from deployments.app import Parts, wire
 from pipeline import flow
+from pipeline.events import Queued
 from pipeline.request import Request
 from pipeline.settings import EngineSettings, LimitSettings, Settings, StoreSettings
 from tests.fakes import (
@@ -28,14 +29,15 @@ from tests.fakes import (
     FakeFaces,
     FakeIdentity,
     FakeText,
-    MemoryStore,
-    noted_store,
+    fake_models,
+    memory_store,
+    noted_objects,
     notes,
 )
 
 pytestmark = pytest.mark.cluster
 CONFIG = Path(__file__).parent.parent / "serve_config.yaml"
-FAKES = Parts(FakeFaces, FakeIdentity, FakeText, FakeDenoise, noted_store)
+FAKES = Parts(FakeFaces, FakeIdentity, FakeText, FakeDenoise, noted_objects, fake_models)
 STAGES = {"FaceDetector": "FakeFaces", "IdentityEncoder": "FakeIdentity", "TextEncoder": "FakeText"}
 STAGES |= {"FluxDenoiser": "FakeDenoise"}
 
@@ -121,7 +123,7 @@ def test_the_cluster_gives_the_pixels_of_one_process(client, settings, tmp_path)
         text=FakeText(here).encode,
         denoise=FakeDenoise(here).denoise,
     )
-    store = MemoryStore()
+    store = memory_store()
     stored = flow.generate(Request.model_validate(wanted), stages, store)
     for number, image in enumerate(response.json()["images"]):
         assert client.get(image["url"]).content == store.content(stored.id, number).data
@@ -206,6 +208,27 @@ def test_a_client_that_goes_away_stops_the_loop(url, client, settings):
 
     asyncio.run(go())
     assert client.post("/v1/images", json=body()).status_code == 200
+
+
+def test_cancelling_a_stream_frees_its_row(url, settings, tmp_path):
+    """A watched picture leaves the engine when its stream is cancelled, whether it is being drawn or waits for that."""
+    denoiser = serve.get_deployment_handle("FluxDenoiser", "pulid")
+    prompt = FakeText(Settings(weights_dir=tmp_path)).encode("p", 128)
+
+    def watch(seed):
+        wanted = Request.model_validate(body(ENDLESS, photo=None, seed=seed))
+        stream = denoiser.options(stream=True).watch.remote(wanted, 0, prompt, None)
+        assert next(iter(stream)) == Queued(seed - 13)
+        return stream
+
+    drawn, waiting, last = map(watch, (13, 14, 15))
+    waiting.cancel()
+    drawn.cancel()
+    asyncio.run(until(lambda: notes(settings.weights_dir, "stopped", "13")))
+    asyncio.run(until(lambda: notes(settings.weights_dir, "step", "15")))  # it came after the one that waited
+    last.cancel()
+    asyncio.run(until(lambda: notes(settings.weights_dir, "stopped", "15")))
+    assert not notes(settings.weights_dir, "step", "14")
 
 
 def test_the_deadline_stops_the_loop(url, settings):

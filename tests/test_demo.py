@@ -72,7 +72,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(settings):
-    api = create_api(Service(settings), LimitSettings(request_seconds=120))
+    api = create_api(Service(settings), Settings(limits=LimitSettings(request_seconds=120)))
     with httpx.Client(transport=InProcess(api), base_url="http://demo") as client:
         yield client
 
@@ -99,7 +99,7 @@ def test_real_faces_are_found(client):
 @pytest.mark.parametrize(("count", "how"), [(0, "fewer than the 1 face"), (2, "more than the 1 face")])
 def test_another_number_of_faces_is_told(count, how):
     """Where no face is found, or one too many, the demo ends with a sentence."""
-    service = InProcess(create_api(Finds(count), LimitSettings()))
+    service = InProcess(create_api(Finds(count), Settings(limits=LimitSettings())))
     with (
         httpx.Client(transport=service, base_url="http://demo") as client,
         pytest.raises(SystemExit, match=f"astronaut .* {how}"),

@@ -1,4 +1,5 @@
 import asyncio
+import random
 import threading
 import time
 from pathlib import Path
@@ -14,11 +15,12 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import GPU_SHARES, AppArgs, Parts, build, defaults, wire
 from deployments.denoiser import FluxDenoiser
-from deployments.ingress import told
+from deployments.remote import told
 from deployments.stages import HANGING, FaceDetector, IdentityEncoder, Replica, TextEncoder
 from pipeline import errors, flow
 from pipeline.caches import Cache
 from pipeline.events import Stepped, last
+from pipeline.picture import Picture
 from pipeline.request import Request
 from pipeline.settings import EngineSettings, LimitSettings, Settings
 from tests.fakes import (
@@ -31,14 +33,16 @@ from tests.fakes import (
     FakeFaces,
     FakeIdentity,
     FakeText,
-    MemoryStore,
+    fake_models,
+    memory_objects,
+    memory_store,
     note,
     notes,
 )
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "serve_config.yaml").read_text())
 (APPLICATION,) = CONFIG["applications"]
-FAKES = Parts(FakeFaces, FakeIdentity, FakeText, FakeDenoise, lambda settings: MemoryStore())
+FAKES = Parts(FakeFaces, FakeIdentity, FakeText, FakeDenoise, memory_objects, fake_models)
 
 
 def request(prompt="portrait", photo=A_FACE, **fields):
@@ -72,7 +76,7 @@ def test_the_deployments_give_what_generate_gives(local, settings):
         denoise=FakeDenoise(settings).denoise,
     )
     wanted = request(num_outputs=2, true_cfg=2.0)
-    ours = flow.generate(wanted, stages, MemoryStore()).record["pictures"]
+    ours = flow.generate(wanted, stages, memory_store()).record["pictures"]
     theirs = local(wanted).record["pictures"]
     assert [picture["sha256"] for picture in theirs] == [picture["sha256"] for picture in ours]
 
@@ -85,7 +89,7 @@ def test_progress_reaches_the_ingress(settings):
         if isinstance(event, Stepped):
             note(folder, "told", number, event.done, event.total)
 
-    handle.generate.remote(request(num_outputs=2, num_steps=3), progress).result(timeout_s=20)
+    handle.generate.remote(request(num_outputs=2, num_steps=3), "", progress).result(timeout_s=20)
     assert notes(folder, "told") == {f"{number}-{done}-3" for number in (0, 1) for done in (1, 2, 3)}
 
 
@@ -272,6 +276,28 @@ def test_a_cancelled_request_in_the_queue_never_starts(replica):
     assert {note.split("-")[0] for note in notes(replica.folder, "step")} == {"1"}
 
 
+def test_a_watched_picture_that_waits_leaves_within_a_step(replica):
+    """Whoever stops watching in the queue makes room for others while the picture ahead goes on."""
+
+    async def go():
+        first = asyncio.ensure_future(drawn(replica, request(ENDLESS, seed=1)))
+        while not notes(replica.folder, "step"):
+            await asyncio.sleep(0)
+        watching = asyncio.ensure_future(drawn(replica, request(ENDLESS, seed=2), seen=[]))
+        while not replica._engine.stats().waiting:
+            await asyncio.sleep(0)
+        watching.cancel()
+        await asyncio.wait([watching])
+        before = replica._engine.stats().steps
+        while replica._engine.stats().waiting:
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        return replica._engine.stats().steps - before
+
+    assert run(go()) <= 2  # the one that ran, and one in which the second was gone
+
+
 def test_a_short_picture_overtakes_a_long_one(replica):
     """One denoiser takes several pictures at once, and the short one need not wait for the long one's end."""
 
@@ -335,33 +361,150 @@ def test_decoding_overlaps_with_the_steps_of_others(settings):
     assert [picture.seed for picture in run(go())] == [1, 2]
 
 
-def test_a_step_that_hangs_makes_its_replica_unhealthy(settings):
-    """The health check sees a step that runs for longer than engine.step_seconds, and the end of it."""
+@pytest.mark.parametrize(("hangs_in", "what"), [("advance", "step"), ("preview", "step"), ("finish", "decoding")])
+def test_whatever_hangs_makes_its_replica_unhealthy(settings, hangs_in, what):
+    """The health check sees a step, preview or decoding that takes longer than engine.step_seconds, and its end."""
     begun, release = threading.Event(), threading.Event()
 
-    class Hanging(FakeDenoise):
-        def advance(self, drawings):
-            begun.set()
-            release.wait()
-            super().advance(drawings)
+    def hang(self, drawing):
+        begun.set()
+        release.wait()
+        return getattr(FakeDenoise, hangs_in)(self, drawing)
 
-    engine = EngineSettings(step_seconds=0.001)
-    replica = FluxDenoiser(settings.model_copy(update={"engine": engine}), Hanging)
+    engine = EngineSettings(step_seconds=0.5, preview_steps=1)
+    hanging = type("Hanging", (FakeDenoise,), {hangs_in: hang})
+    replica = FluxDenoiser(settings.model_copy(update={"engine": engine}), hanging)
     replica.folder = settings.weights_dir
 
     async def go():
-        replica.check_health()
-        picture = asyncio.ensure_future(drawn(replica, request(people=[], num_steps=1)))
+        picture = asyncio.ensure_future(drawn(replica, request(people=[], num_steps=2), seen=[]))
         await asyncio.to_thread(begun.wait)
-        while replica._engine.stepping_seconds() <= 0.001:
+        replica.check_health()
+        while max(replica._steps.seconds(), replica._finishes.seconds()) <= 0.5:
+            await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match=f"a {what} takes longer"):
+            replica.check_health()
+        release.set()
+        await picture
+        while replica._finishes.seconds():  # the picture is told within the turn that made it
+            await asyncio.sleep(0)
+        replica.check_health()
+
+    run(go())
+
+
+def test_a_step_that_compiles_is_given_more_time(settings):
+    """While torch.compile works, and engine.step_seconds beyond, a step may take ten times as long; then it hangs."""
+    begun, release = threading.Event(), threading.Event()
+
+    class Compiling(FakeDenoise):
+        idle = 0.0
+
+        def compiler_idle_seconds(self):
+            return self.idle
+
+        def advance(self, drawings):
+            begun.set()
+            release.wait()
+
+    engine = EngineSettings(step_seconds=0.1)
+    replica = FluxDenoiser(settings.model_copy(update={"engine": engine}), Compiling)
+    replica.folder = settings.weights_dir
+
+    async def go():
+        picture = asyncio.ensure_future(drawn(replica, request(people=[])))
+        await asyncio.to_thread(begun.wait)
+        while replica._steps.seconds() < 0.2:
+            await asyncio.sleep(0)
+        replica.check_health()
+        replica._stage.idle = 0.2  # the compiler is done, the step is not
+        with pytest.raises(RuntimeError, match="a step takes longer"):
+            replica.check_health()
+        replica._stage.idle = 0.0
+        while replica._steps.seconds() < 1.01:
             await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="a step takes longer"):
             replica.check_health()
         release.set()
-        await picture
-        replica.check_health()
+        picture.cancel()
+        await asyncio.wait([picture])
 
     run(go())
+
+
+def test_an_engine_that_dies_fails_all_its_pictures(settings, caplog):
+    """They are told an id that the log has too; the replica is unhealthy and takes no more."""
+
+    class Dying(FakeDenoise):
+        def engine(self):
+            engine, second = super().engine(), threading.Event()
+
+            def step():
+                second.wait(20)
+                raise ZeroDivisionError(CRASH)
+
+            engine.step, self.second = step, second
+            return engine
+
+    replica = FluxDenoiser(settings, Dying)
+    replica.folder = settings.weights_dir
+
+    async def go():
+        pictures = [asyncio.ensure_future(drawn(replica, request(people=[], seed=seed))) for seed in (1, 2)]
+        while replica._engine.stats().waiting < 2:
+            await asyncio.sleep(0)
+        replica._stage.second.set()
+        told = await asyncio.gather(*pictures, return_exceptions=True)
+        assert [type(error) for error in told] == [errors.InternalError] * 2
+        with pytest.raises(errors.WorkerUnavailable):
+            await drawn(replica, request())
+        with pytest.raises(RuntimeError, match="the engine has stopped"):
+            replica.check_health()
+        return str(told[0])
+
+    assert run(go()).split()[-1].rstrip(".") in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_denoiser_whose_gpus_are_out_of_step_is_replaced(settings):
+    """The health check asks the stage, which knows when a rank is gone."""
+
+    class Alone(FakeDenoise):
+        def check(self):
+            raise errors.WorkerUnavailable("The GPUs of this denoiser have lost each other; send the request again.")
+
+    with pytest.raises(errors.WorkerUnavailable, match="lost each other"):
+        FluxDenoiser(settings, Alone).check_health()
+
+
+def test_pictures_come_and_go_while_others_are_drawn(settings):
+    """Of 200 pictures, many of which are cancelled at any moment, each ends once, and nothing of them is left."""
+    engine = EngineSettings(max_jobs=200, preview_steps=2)
+    replica = FluxDenoiser(settings.model_copy(update={"engine": engine}), FakeDenoise)
+    replica.folder, dice = settings.weights_dir, random.Random(0)
+
+    async def one(seed):
+        picture = asyncio.ensure_future(drawn(replica, request(people=[], seed=seed, num_steps=dice.randint(1, 9))))
+        for _ in range(dice.randint(0, 400)):
+            await asyncio.sleep(0)
+        if dice.random() < 0.5:
+            picture.cancel()
+        return (await asyncio.gather(picture, return_exceptions=True))[0]
+
+    async def go():
+        ends = [type(end) for end in await asyncio.gather(*map(one, range(200)))]
+        stats = replica._engine.stats()
+        while stats.waiting + stats.running + stats.drawn:
+            await asyncio.sleep(0)
+            stats = replica._engine.stats()
+        replica.check_health()
+        return ends, stats
+
+    ends, stats = run(go())
+    assert set(ends) == {Picture, asyncio.CancelledError}
+    assert ends.count(Picture) <= stats.done <= 200 - stats.cancelled  # one may be cancelled just when it is done
+    assert stats.failed == 0
 
 
 def test_a_denoiser_that_only_fails_is_replaced(replica):

@@ -1,0 +1,161 @@
+"""Worker: one job from its claim to its settled end. Whoever loses the lease on the way leaves nothing behind."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
+
+from deployments.job_view import end_view
+from deployments.lease import Lease, LeaseLost, insist
+from deployments.problems import problem
+from deployments.reporter import BoardClient, Reporter
+from pipeline.errors import (
+    Busy,
+    DeadlineExceeded,
+    Overloaded,
+    PipelineError,
+    StoreConflict,
+    StoreError,
+    WorkerUnavailable,
+)
+from pipeline.events import Event
+from pipeline.job_store import Held, JobStore
+from pipeline.jobs import Job
+from pipeline.picture import Picture
+from pipeline.request import Request
+from pipeline.settings import JobSettings
+from pipeline.store import ImageStore
+
+log = logging.getLogger(__name__)
+BEATS = 5  # heartbeats in a lease
+PAUSE = 0.5  # seconds before work that found no room, or lost its worker, is tried again
+Progress = Callable[[int, Event], None]
+Announce = Callable[[Job], Awaitable[None]]  # the end of a job, to those who watch it
+
+
+class Make(Protocol):
+    """Who makes the pictures of a request; raises PipelineError."""
+
+    def __call__(
+        self, request: Request, tenant: str, expires: float, progress: Progress
+    ) -> Awaitable[Sequence[Picture]]:
+        """`expires`: seconds since 1970; `progress(number, event)` hears what happens to picture `number`."""
+
+
+class Outbox(Protocol):
+    """Who tells callers' webhooks what happens to their jobs."""
+
+    def passing(self, job: Job, name: str, data: Any) -> None:
+        """An event on the way, which is told at most once."""
+
+    async def end(self, held: Held) -> Held:
+        """The end of a job, until it is told or given up; the job as it was last written. Raises StoreConflict."""
+
+
+class Worker:
+    """Runs jobs; it keeps nothing of any of them."""
+
+    def __init__(
+        self, jobs: JobStore, images: ImageStore, make: Make, board: BoardClient, outbox: Outbox, settings: JobSettings
+    ) -> None:
+        self._jobs, self._images, self._make = jobs, images, make
+        self._board, self._outbox, self._settings = board, outbox, settings
+
+    async def run(self, held: Held, owner: str) -> None:
+        """Claim a job and bring it to its end. Cancelled, it gives the job back if it still has it."""
+        try:
+            held = await asyncio.to_thread(self._jobs.claim, held, owner)
+        except StoreError:  # somebody else was quicker, or the store is away
+            return
+        lease = Lease(self._jobs, held)
+        reporter = Reporter(self._board, held.job.id, held.job.attempt)
+        try:
+            await self._hold(lease, reporter)
+        except LeaseLost:
+            log.info("job %s is no longer ours", held.job.id)
+        except asyncio.CancelledError:
+            with suppress(LeaseLost, StoreError):  # where its caller stopped it this write is refused
+                await lease.change(state="queued", owner="")
+            raise
+        finally:
+            await reporter.close()
+            if not lease.job.over:
+                with suppress(StoreError):  # else whoever settles the job removes what is left
+                    await asyncio.to_thread(self._images.discard, held.job.id, held.job.attempt)
+
+    async def finish(self, held: Held, announce: Announce | None = None) -> None:
+        """Settle the end of a job, and tell it; without `announce`, of one that nobody was at for a whole lease."""
+        await insist(self._jobs.settle, held.job)
+        if announce is not None:
+            await announce(held.job)
+        with suppress(StoreConflict):  # erased meanwhile
+            held = await self._outbox.end(held)
+            lost = held.job.attempt - (held.job.state in ("succeeded", "failed"))
+            if announce is None or not lost:  # else an attempt that was lost may still write
+                await insist(self._jobs.forget, held)
+
+    async def _hold(self, lease: Lease, reporter: Reporter) -> None:
+        """Bring a claimed job to its end while its heartbeats go out, and settle it; raises LeaseLost."""
+        beats = asyncio.ensure_future(lease.keep(self._settings.lease_seconds / BEATS, lambda: reporter.progress))
+        making = asyncio.ensure_future(self._end(lease, reporter))
+        try:
+            await asyncio.wait((beats, making), return_when=asyncio.FIRST_COMPLETED)
+            await (making if making.done() else beats)  # the heartbeats end by raising LeaseLost alone
+        finally:
+            await stopped(making, beats)
+        await self.finish(lease.held, partial(self._announce, reporter))
+
+    async def _announce(self, reporter: Reporter, job: Job) -> None:
+        reporter.end(job.state, await insist(end_view, self._jobs, job))
+
+    async def _end(self, lease: Lease, reporter: Reporter) -> None:
+        """Make the pictures and write the end of the job: publish, then commit; raises LeaseLost."""
+        job = lease.job
+        published = await insist(self._jobs.published, job)
+        if published is not None:  # its pictures were complete when its owner was lost
+            await lease.insist(state="succeeded", attempt=published)
+            return
+        request = await insist(self._jobs.request, job)
+        if request is None:
+            raise LeaseLost  # it had ended before it was claimed
+        try:
+            if job.attempt > self._settings.attempts:
+                raise WorkerUnavailable("The workers of this job were lost again and again; send its request again.")
+            pictures = await self._made(request, lease, reporter)
+        except PipelineError as error:
+            await lease.insist(state="failed", problem=problem(error))
+            return
+        await insist(self._images.publish, job.id, request, pictures, job.tenant, job.attempt)
+        await lease.insist(state="succeeded", progress=reporter.progress)
+
+    async def _made(self, request: Request, lease: Lease, reporter: Reporter) -> Sequence[Picture]:
+        """The pictures of a request, tried again where that can help; raises PipelineError."""
+        job, lost = lease.job, 0
+        while True:
+            reporter.begin(request.num_outputs)
+            self._outbox.passing(job, "started", {"attempt": job.attempt})
+
+            def hear(number: int, event: Event) -> None:
+                for name, data in reporter.hear(number, event):
+                    self._outbox.passing(job, name, data)
+
+            try:
+                return await self._make(request, job.tenant, job.deadline, hear)
+            except (Busy, StoreError) as error:
+                lost += not isinstance(error, Overloaded)  # for room it waits for as long as it may
+                if lost >= self._settings.attempts:
+                    raise
+                if time.time() + PAUSE > job.deadline:
+                    raise DeadlineExceeded("The job had not ended by its deadline; give it more time.") from error
+                log.info("job %s is tried again: %s", job.id, error.code)
+            await asyncio.sleep(PAUSE)
+
+
+async def stopped(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel tasks and wait until they are over, so that none of them writes any more."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
