@@ -1,8 +1,7 @@
-"""The command `pulid`: serve, generate, demo, weights. What it starts it stops; other Ray clusters are let alone."""
+"""The command `pulid`: serve, generate, identities, demo, weights, keys. It stops what it starts alone."""
 
 import base64
 import functools
-import ipaddress
 import os
 import secrets
 import signal
@@ -10,18 +9,23 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster import evaluate_cli, weights_cli
+from cluster import evaluate_cli, identities_cli, keys_cli, studio_cli, weights_cli
 from cluster.console import given, told
 from cluster.local import check, check_port, free_port, running
-from pipeline.errors import InvalidRequest, SettingsInvalid
+from cluster.remote import KeyFile, Made, made_there
+from pipeline.errors import InvalidRequest
 from pipeline.request import Person, Request
-from pipeline.settings import Settings
+from pipeline.settings import KeySettings, Settings
+
+if TYPE_CHECKING:
+    from pipeline.picture import Picture
 
 app = typer.Typer(
     help="A face photo and a prompt become a picture of that person.",
@@ -30,7 +34,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # they hold prompts and photos
 )
 app.add_typer(weights_cli.app, name="weights")
+app.add_typer(keys_cli.app, name="keys")
+app.add_typer(identities_cli.app, name="identities")
 app.command()(evaluate_cli.evaluate)
+app.command()(studio_cli.studio)
 
 Preset = Annotated[str | None, typer.Option(help="The set of models (PULID_PRESET): miniature, flux-dev, ...")]
 FORMATS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
@@ -42,16 +49,13 @@ def serve(
     store: Annotated[str | None, typer.Option(help="file://folder or s3://bucket/prefix (PULID_STORE__URL)")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Listen beyond this machine.")] = False,
 ) -> None:
-    """Start the service on this machine, until Ctrl-C."""
+    """Start the service on this machine, until Ctrl-C. Other addresses and stores than this machine's take API keys."""
+    from deployments.keys import check_exposure
+
     with told():
-        if not (allow_remote or _loopback(host)):
-            raise SettingsInvalid(
-                f"--host {host} lets other machines in, and there are no API keys yet. Put an authenticating gateway "
-                "in front, and say --allow-remote."
-            )
         settings = _settings(preset=preset, store__url=store)
+        check_exposure(settings, host)
         check_port(host, port)
         check(settings)
         print(f"Starting with the preset {settings.preset}; pictures go to {settings.store.url}.", flush=True)
@@ -87,31 +91,45 @@ def generate(  # noqa: PLR0913 - each is an option of the command line
     id_weight: Annotated[float | None, typer.Option(help="How strongly the identity acts.")] = None,
     start_step: Annotated[int | None, typer.Option(help="First step at which it acts.")] = None,
     end_step: Annotated[int | None, typer.Option(help="First step at which it acts no more.")] = None,
+    identity: Annotated[
+        str | None, typer.Option(help="The id of an identity that --server has, in the place of a --photo.")
+    ] = None,
+    server: Annotated[str | None, typer.Option(help="The address of a service that is to make them.")] = None,
+    key_file: KeyFile = None,
     preset: Preset = None,
 ) -> None:
-    """Make pictures in this process, without a cluster. Options have the names, ranges and defaults of docs/api.md."""
-    from pipeline.flow import chain, load_stages
-
+    """Make pictures: in this process, or by a service. Options have the names, ranges and defaults of docs/api.md."""
     with told():
         wanted = _request(context.params)
-        settings = _settings(preset=preset)
         output.parent.mkdir(parents=True, exist_ok=True)  # now, and not when the picture is finished
-        print(f"Loading the preset {settings.preset}.", file=sys.stderr)
-        stages = load_stages(settings)
-        steps = wanted.num_steps * wanted.num_outputs
-        with typer.progressbar(length=steps, label="Denoising", file=sys.stderr) as bar:
-            denoise = functools.partial(stages.denoise, on_step=lambda *_: bar.update(1))
-            pictures = chain(wanted, replace(stages, denoise=denoise))
+        pictures = _made_here(wanted, preset) if server is None else made_there(server, key_file, wanted)
         for number, made in enumerate(pictures):
-            path = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{number}")
+            path = output if wanted.num_outputs == 1 else output.with_stem(f"{output.stem}-{number}")
             _write(path, made.data)
             print(f"{path} ({made.width}x{made.height}, seed {made.seed})")
+
+
+def _made_here(wanted: Request, preset: str | None) -> "Iterable[Picture | Made]":
+    from pipeline.flow import chain, load_stages
+
+    settings = _settings(preset=preset)
+    print(f"Loading the preset {settings.preset}.", file=sys.stderr)
+    stages = load_stages(settings)
+    steps = wanted.num_steps * wanted.num_outputs
+    with typer.progressbar(length=steps, label="Denoising", file=sys.stderr) as bar:
+        denoise = functools.partial(stages.denoise, on_step=lambda *_: bar.update(1))
+        return chain(wanted, replace(stages, denoise=denoise))
 
 
 def _request(options: dict[str, Any]) -> Request:
     """The request that options and a JSON file ask for together; raises BadInput."""
     from deployments.body import parsed, validated
 
+    if options["server"] and options["preset"]:
+        raise InvalidRequest("--preset is the choice of whoever runs the service; leave it out with --server.")
+    for name in ("identity", "key_file"):
+        if options[name] and not options["server"]:
+            raise InvalidRequest(f"--{name.replace('_', '-')} belongs to a service; give its address as --server.")
     output: Path = options["output"]
     if output.suffix.lower() not in FORMATS:
         raise InvalidRequest("--output: the name has to end in .png, .jpg or .webp.")
@@ -122,7 +140,11 @@ def _request(options: dict[str, Any]) -> Request:
     if person.get("face", "").isdecimal():
         person["face"] = int(person["face"])
     if options["photo"]:
+        if "identity" in person:
+            raise InvalidRequest("--identity stands in the place of a --photo; give one of them.")
         body["people"] = [{**person, "photos": [_base64(path.read_bytes()) for path in options["photo"]]}]
+    elif "identity" in person:
+        body["people"] = [person]
     elif person:
         raise InvalidRequest(
             f"--{next(iter(person)).replace('_', '-')} says how a person is drawn; give a --photo too."
@@ -144,6 +166,7 @@ def demo(
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     with told(), tempfile.TemporaryDirectory(prefix="pulid-demo-") as folder:
         settings = _settings(preset="miniature", store__url=f"file://{folder}")
+        settings = settings.model_copy(update={"keys": KeySettings()})  # whatever the environment says: it has no key
         check(settings)
         print("Starting Ray Serve with the preset miniature on this machine.", flush=True)
         with (
@@ -189,16 +212,12 @@ def _settings(**overrides: Any) -> Settings:
     url = f"file://{os.path.abspath(os.path.expanduser(path))}" if kind == "file" else settings.store.url
     paths = {name: getattr(settings, name) for name in ("weights_dir", "miniature_dir", "flux_file")}
     here = {name: path and path.expanduser().absolute() for name, path in paths.items()}
-    return settings.model_copy(update={**here, "store": settings.store.model_copy(update={"url": url})})
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    keys = settings.keys.file and settings.keys.file.expanduser().absolute()
+    groups = {
+        "store": settings.store.model_copy(update={"url": url}),
+        "keys": settings.keys.model_copy(update={"file": keys}),
+    }
+    return settings.model_copy(update={**here, **groups})
 
 
 def _base64(data: bytes) -> str:

@@ -4,7 +4,6 @@ An address comes from a stranger. It is parsed once, strictly, and what was pars
 a new address and is checked like the first. Bytes and seconds are bounded.
 """
 
-import re
 from collections.abc import Iterable
 from contextlib import closing
 from urllib.parse import unquote, urljoin, urlsplit
@@ -12,15 +11,10 @@ from urllib.parse import unquote, urljoin, urlsplit
 import httpcore
 
 from pipeline.errors import PhotoAddressRefused, PhotoFetchFailed, PhotoTooLarge
-from pipeline.network import Network, within
+from pipeline.network import Network, NotPublic, UnknownHost, https_url, within
 from pipeline.s3 import s3_client
 from pipeline.settings import Settings, StoreSettings
 
-# The one parser of addresses. Without ASCII, "ſ" would match "s".
-HTTPS = re.compile(r"https://([a-z0-9.-]{1,253})(?::443)?([/?][!-\"$-\[\]-~]*)?", re.IGNORECASE | re.ASCII)
-LABEL = re.compile(r"(?!xn--)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-TOP_LABEL = re.compile(r"[a-z]{2,63}")  # so that 127.1, 0x7f.1 and 2130706433 are no host names
-INSIDE = {"arpa", "corp", "home", "internal", "invalid", "lan", "local", "localdomain", "localhost", "onion", "test"}
 AMAZON = ("amazonaws.com", "amazonaws.com.cn")
 REDIRECTS = (301, 302, 303, 307, 308)
 HEADERS: list[tuple[bytes | str, bytes | str]] = [
@@ -33,6 +27,7 @@ ODD = (
     "has an address this service does not read; give a plain https:// address of a public host: no user name, no port "
     "but 443, no number or xn-- name for a host, no # and no \\, and what is not ASCII percent-encoded."
 )
+INWARD = "has an address that does not lead to the public internet alone; give another."
 BROKEN = (
     "could not be read from its address: the connection failed or broke off; check the address and its certificate."
 )
@@ -67,6 +62,10 @@ class Fetcher:
             return self._from_web(address)
         except httpcore.TimeoutException as error:
             raise self._too_slow() from error
+        except NotPublic as error:
+            raise PhotoAddressRefused(INWARD) from error
+        except UnknownHost as error:
+            raise PhotoFetchFailed("has an address whose host name is not known; check it.") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise PhotoFetchFailed(BROKEN) from error
 
@@ -81,18 +80,13 @@ class Fetcher:
         raise PhotoFetchFailed(f"is redirected more than {redirects} times; give its final address.")
 
     def _checked(self, address: str) -> httpcore.URL:
-        match = HTTPS.fullmatch(address)
-        host = match[1].lower() if match else ""
-        *labels, top = host.split(".")
-        well_formed = labels and TOP_LABEL.fullmatch(top) and all(LABEL.fullmatch(label) for label in labels)
-        if not match or not well_formed or top in INSIDE:
+        url = https_url(address)
+        if url is None:
             raise PhotoAddressRefused(ODD)
-        target = match[2] or "/"
-        target = target if target.startswith("/") else f"/{target}"
-        if self._is_own_store(host, unquote(target.partition("?")[0])):
+        if self._is_own_store(url.host.decode(), unquote(url.target.decode().partition("?")[0])):
             # Its links are made for one caller; fetched here they would show that caller's pictures to another.
             raise PhotoAddressRefused("has an address in this service's own store; send the picture itself instead.")
-        return httpcore.URL(scheme="https", host=host, port=443, target=target)
+        return url
 
     def _is_own_store(self, host: str, path: str) -> bool:
         at_s3 = any(host == known or host.endswith(f".{known}") for known in self._s3_hosts)

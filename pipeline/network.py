@@ -4,6 +4,7 @@ Whoever names an address here may be a stranger, and this service stands inside 
 environment are not used: a proxy would resolve the name again, unchecked.
 """
 
+import re
 import socket
 import ssl
 import time
@@ -16,10 +17,14 @@ from typing import TypeVar
 
 import httpcore
 
-from pipeline.errors import PhotoAddressRefused, PhotoFetchFailed
-
 T = TypeVar("T")
 Address = IPv4Address | IPv6Address
+
+# The one parser of addresses. Without ASCII, "ſ" would match "s".
+HTTPS = re.compile(r"https://([a-z0-9.-]{1,253})(?::443)?([/?][!-\"$-\[\]-~]*)?", re.IGNORECASE | re.ASCII)
+LABEL = re.compile(r"(?!xn--)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+TOP_LABEL = re.compile(r"[a-z]{2,63}")  # so that 127.1, 0x7f.1 and 2130706433 are no host names
+INSIDE = {"arpa", "corp", "home", "internal", "invalid", "lan", "local", "localdomain", "localhost", "onion", "test"}
 
 UNICAST = ip_network("2000::/3")
 CARRIERS = (ip_network("::ffff:0:0/96"), ip_network("64:ff9b::/96"))  # IPv4-mapped, NAT64: an IPv4 address inside
@@ -28,6 +33,26 @@ CARRIERS = (ip_network("::ffff:0:0/96"), ip_network("64:ff9b::/96"))  # IPv4-map
 NOT_PUBLIC = tuple(
     ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "2002::/16", "3fff::/20", "168.63.129.16/32")
 )
+
+
+class NotPublic(httpcore.ConnectError):
+    """A host's name leads elsewhere than to the public internet alone."""
+
+
+class UnknownHost(httpcore.ConnectError):
+    """A host's name is not known."""
+
+
+def https_url(address: str) -> httpcore.URL | None:
+    """What a plain https:// address of a public-looking host connects to; None for every other address."""
+    match = HTTPS.fullmatch(address)
+    host = match[1].lower() if match else ""
+    *labels, top = host.split(".")
+    well_formed = labels and TOP_LABEL.fullmatch(top) and all(LABEL.fullmatch(label) for label in labels)
+    if not match or not well_formed or top in INSIDE:
+        return None
+    target = match[2] or "/"
+    return httpcore.URL(scheme="https", host=host, port=443, target=target if target.startswith("/") else f"/{target}")
 
 
 def is_public(address: Address) -> bool:
@@ -64,7 +89,7 @@ class Network:
     def connections(self, seconds: float) -> httpcore.ConnectionPool:
         """Connections to https hosts, none of which waits past `seconds` from now.
 
-        Using it raises PhotoAddressRefused, PhotoFetchFailed and httpcore's errors.
+        Using it raises httpcore's errors, NotPublic and UnknownHost among them.
         """
         return httpcore.ConnectionPool(ssl_context=self.tls, network_backend=_PinnedBackend(self, _Deadline(seconds)))
 
@@ -122,9 +147,9 @@ class _PinnedBackend(httpcore.NetworkBackend):
         except TimeoutError as error:
             raise httpcore.ConnectTimeout from error
         except OSError as error:
-            raise PhotoFetchFailed("has an address whose host name is not known; check it.") from error
+            raise UnknownHost from error
         if not all(self._network.allows(ip_address(address)) for address in found):
-            raise PhotoAddressRefused("has an address that does not lead to the public internet alone; give another.")
+            raise NotPublic
         return found
 
 

@@ -21,17 +21,24 @@ def pulid(tmp_path, monkeypatch):
 
 def test_every_command_explains_itself(pulid):
     """`pulid --help` names the commands, and each has a help of its own."""
-    for command in ("serve", "generate", "demo", "weights"):
+    for command in ("serve", "generate", "demo", "weights", "keys"):
         assert command in pulid("--help").output
         assert pulid(command, "--help").exit_code == 0
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
-def test_serving_other_machines_has_to_be_asked_for(pulid, host):
-    """Without API keys, only this machine is served unless --allow-remote says otherwise."""
+def test_serving_other_machines_takes_keys(pulid, host):
+    """Without API keys only this machine is served, and nothing starts; the message says how to make one."""
     result = pulid("serve", "--host", host)
     assert result.exit_code == 1
-    assert "--allow-remote" in result.stderr
+    assert "pulid keys new" in result.stderr
+
+
+def test_serving_from_a_shared_store_takes_keys(pulid):
+    """A bucket may hold the pictures of others, so that it is not opened to everybody on this machine."""
+    result = pulid("serve", "--store", "s3://ours/pulid")
+    assert result.exit_code == 1
+    assert "pulid keys new" in result.stderr
 
 
 def test_a_taken_port_is_told_before_anything_starts(pulid):

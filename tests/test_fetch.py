@@ -10,7 +10,7 @@ from pipeline.fetch import Fetcher, s3_client
 from pipeline.network import Network, is_public
 from pipeline.settings import PhotoSettings, Settings, StoreSettings
 from tests.s3 import BUCKET, CREDENTIALS, access_checked, cuts_the_answer, failing, s3_server, stalls
-from tests.web import HOST, head, ok, redirect, web_server
+from tests.web import HOST, drip, head, ok, pour, redirect, web_server
 
 BODY = bytes(range(256)) * 1000
 URL = f"https://{HOST}/a"
@@ -29,21 +29,6 @@ def outside(resolve, **settings):
 
 def nowhere(host):
     raise AssertionError(f"{host} was resolved")
-
-
-def pour(connection, closing):
-    connection.sendall(head("200 OK", "Transfer-Encoding: chunked"))
-    while not closing.is_set():
-        connection.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
-
-
-def drip(start):
-    def answer(connection, closing):
-        connection.sendall(start)
-        while not closing.wait(0.02):
-            connection.sendall(b"x")
-
-    return answer
 
 
 def test_a_photo_arrives():

@@ -6,6 +6,7 @@ with web_server({"/a.png": ok(PNG)}) as web:
 
 import datetime
 import functools
+import re
 import socket
 import ssl
 import tempfile
@@ -40,6 +41,24 @@ def redirect(location: str) -> bytes:
     return head("302 Found", f"Location: {location}", "Content-Length: 0", "Set-Cookie: seen=1")
 
 
+def pour(connection: socket.socket, closing: threading.Event) -> None:
+    """Answers without an end."""
+    connection.sendall(head("200 OK", "Transfer-Encoding: chunked"))
+    while not closing.is_set():
+        connection.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+
+
+def drip(start: bytes) -> Answer:
+    """Answers with `start`, then byte by byte, slowly and without an end."""
+
+    def answer(connection: socket.socket, closing: threading.Event) -> None:
+        connection.sendall(start)
+        while not closing.wait(0.02):
+            connection.sendall(b"x")
+
+    return answer
+
+
 @functools.cache
 def certificate() -> tuple[bytes, bytes]:
     """A certificate for HOST and *.HOST that signs itself, and its key, as PEM."""
@@ -70,6 +89,7 @@ class Web:
 
     port: int
     requests: list[str] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)  # of each request
     names: list[str | None] = field(default_factory=list)  # the server names that clients asked for
     resolved: list[str] = field(default_factory=list)
 
@@ -104,6 +124,7 @@ def web_server(answers: dict[str, Answer]) -> Iterator[Web]:
         with connection, suppress(OSError), tls.wrap_socket(connection, server_side=True) as secure:
             secure.settimeout(10)
             while request := _head(secure):
+                web.bodies.append(_body(secure, request))
                 web.requests.append(request)
                 answer = answers.get(request.split(" ")[1], head("404 Not Found", "Content-Length: 0"))
                 if callable(answer):
@@ -132,12 +153,20 @@ def web_server(answers: dict[str, Answer]) -> Iterator[Web]:
 
 def _head(connection: socket.socket) -> str:
     data = b""
-    while b"\r\n\r\n" not in data:
-        piece = connection.recv(4096)
+    while not data.endswith(b"\r\n\r\n"):  # byte by byte, as a body may follow
+        piece = connection.recv(1)
         if not piece:
             return ""
         data += piece
     return data.decode()
+
+
+def _body(connection: socket.socket, request: str) -> bytes:
+    found = re.search(r"^content-length: (\d+)\r$", request, re.IGNORECASE | re.MULTILINE)
+    data, size = b"", int(found[1]) if found else 0
+    while len(data) < size and (piece := connection.recv(size - len(data))):
+        data += piece
+    return data
 
 
 def _server_tls(web: Web) -> ssl.SSLContext:
