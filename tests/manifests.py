@@ -55,7 +55,19 @@ POLICY = _closed(
     ingress=_list(_closed(**{"from": _list(PEER), "ports": PORTS})),
     egress=_list(_closed(to=_list(PEER), ports=PORTS)),
 )
+DEPLOYMENT = _closed(
+    "selector template",
+    replicas=NUMBER,
+    strategy=_closed("type", type={"enum": ["Recreate", "RollingUpdate"]}),
+    selector=SELECTOR,
+    template=WORKERS["items"]["properties"]["template"],
+)
+SERVICE = _closed(
+    "selector ports", selector=TEXTS, ports=_list(_closed("port", name=TEXT, port=NUMBER, targetPort=TEXT))
+)
 KINDS: dict[str, dict[str, Any]] = {
+    "apps/v1 Deployment": _closed("spec", **HEADER, spec=DEPLOYMENT),
+    "v1 Service": _closed("spec", **HEADER, spec=SERVICE),
     "ray.io/v1 RayService": _closed("spec", **HEADER, spec=RAY_SERVICE["properties"]["spec"]),
     "v1 ServiceAccount": _closed(**HEADER),
     "v1 PersistentVolumeClaim": _closed("spec", **HEADER, spec=CLAIM),
