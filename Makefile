@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 ALL_CORES := env -u OMP_NUM_THREADS
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lock render serve bench evaluate sheet miniature ablation
+.PHONY: help setup demo test test-fast test-clients soak check format lock render serve bench evaluate sheet miniature ablation
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -23,11 +23,18 @@ setup: .venv/.done  ## a virtual environment in .venv with exactly what requirem
 demo: setup  ## a drawn person in a scene of their own, and the faces of real photos, through Ray Serve on this machine
 	$(BIN)/pulid demo
 
-test: setup  ## all tests (at most 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+test: setup  ## all tests but those of the next line (about 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not clients"
+
+test-clients: setup  ## the Studio in a real Chromium (installs Debian's package where there is none)
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -m clients tests/clients
+
+soak: setup  ## 2,000 jobs of 32 clients, with cancels and killed replicas (about 10 minutes)
+	$(BIN)/python -m bench.soak
 
 test-fast: setup  ## the tests that need no Ray cluster
-	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest -m "not cluster and not clients"
 
 check: setup  ## ruff, formatting, mypy --strict on pipeline and deployments
 	$(BIN)/ruff check .

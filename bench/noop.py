@@ -126,6 +126,10 @@ class NoDenoise(_Stage):
         """A gray one."""
         return np.zeros((144, 112, 3), np.uint8)
 
+    def relieve(self, error: Exception) -> bool:  # noqa: ARG002
+        """It needs no memory."""
+        return False
+
     def finish(self, drawing: Begun) -> Picture:
         """The same bytes for everybody."""
         work, request = drawing.work, drawing.work.request

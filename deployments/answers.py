@@ -64,7 +64,7 @@ class JobAnswer(BaseModel):
     started: str | None = Field(None, description="when it was first begun; null before, and where no job was needed")
     finished: str | None = Field(None, description="when it ended")
     error: Problem | None = Field(description="why it failed")
-    images: list[Image] | None = None
+    images: list[Image] = Field(description="its pictures, once it has succeeded")
 
 
 def answer(stored: Stored, seconds: float) -> dict[str, Any]:

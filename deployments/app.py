@@ -89,8 +89,7 @@ def defaults(settings: Settings) -> dict[str, dict[str, Any]]:
         "Board": {
             **shared,
             "max_ongoing_requests": 10_000,
-            "max_queued_requests": 10_000,
-            "graceful_shutdown_timeout_s": 1,
+            "max_queued_requests": 900,
         },
         # Far more than `limits.max_requests`: the API itself refuses beyond that, as a problem, and goes on to answer
         # health checks and reads.

@@ -23,6 +23,7 @@ def open_view(job: Job, position: int | None) -> dict[str, Any]:
         "attempt": job.attempt,
         **moments(job),
         "error": job.problem,
+        "images": [],
         **({} if job.origin is None else {"origin": job.origin}),
     }
 

@@ -51,6 +51,7 @@ class EngineGauges:
                 ("done", "Finished pictures."),
                 ("failed", "Pictures that failed."),
                 ("cancelled", "Pictures whose callers went away."),
+                ("previews_failed", "Previews that could not be made; their pictures went on."),
             )
         }
 

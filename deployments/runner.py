@@ -56,6 +56,7 @@ class Runner:
         """Give back what is running, so that others go on with it at once."""
         await stopped(*self._loops)
         await stopped(*self._tasks.values(), *self._ending.values())
+        await self._worker.close()
 
     def open_jobs(self, tenant: str | None = None) -> int:
         """Jobs that are queued or running, a tenant's or everybody's, at the last look."""

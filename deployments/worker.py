@@ -56,13 +56,14 @@ class Outbox(Protocol):
 
 
 class Worker:
-    """Runs jobs; it keeps nothing of any of them."""
+    """Runs jobs; of each it keeps nothing but what is still to be told of its end."""
 
     def __init__(
         self, jobs: JobStore, images: ImageStore, make: Make, board: BoardClient, outbox: Outbox, settings: JobSettings
     ) -> None:
         self._jobs, self._images, self._make = jobs, images, make
         self._board, self._outbox, self._settings = board, outbox, settings
+        self._telling: set[asyncio.Task[None]] = set()
 
     async def run(self, held: Held, owner: str) -> None:
         """Claim a job and bring it to its end. Cancelled, it gives the job back if it still has it."""
@@ -88,13 +89,23 @@ class Worker:
 
     async def finish(self, held: Held, announce: Announce | None = None) -> None:
         """Settle the end of a job, and tell it; without `announce`, of one that nobody was at for a whole lease."""
+        await self._settle(held, announce)
+        await self._tell(held, alone=announce is None)
+
+    async def close(self) -> None:
+        """Leave what is still to be told to whoever finds it."""
+        await stopped(*self._telling)
+
+    async def _settle(self, held: Held, announce: Announce | None) -> None:
         await insist(self._jobs.settle, held.job)
         if announce is not None:
             await announce(held.job)
+
+    async def _tell(self, held: Held, alone: bool) -> None:
         with suppress(StoreConflict):  # erased meanwhile
             held = await self._outbox.end(held)
             lost = held.job.attempt - (held.job.state in ("succeeded", "failed"))
-            if announce is None or not lost:  # else an attempt that was lost may still write
+            if alone or not lost:  # else an attempt that was lost may still write
                 await insist(self._jobs.forget, held)
 
     async def _hold(self, lease: Lease, reporter: Reporter) -> None:
@@ -106,7 +117,11 @@ class Worker:
             await (making if making.done() else beats)  # the heartbeats end by raising LeaseLost alone
         finally:
             await stopped(making, beats)
-        await self.finish(lease.held, partial(self._announce, reporter))
+        await self._settle(lease.held, partial(self._announce, reporter))
+        # Beside the next job: a webhook that does not answer is told again for hours.
+        telling = asyncio.ensure_future(self._tell(lease.held, alone=False))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     async def _announce(self, reporter: Reporter, job: Job) -> None:
         reporter.end(job.state, await insist(end_view, self._jobs, job))

@@ -48,6 +48,8 @@ class FluxDenoiser:
         settings = Settings() if settings is None else settings
         self._flux, self._uncond = flux, uncond
         self._settings, self._max_rows = settings.engine, settings.max_rows
+        # where memory is short, one picture may wait for a shorter one in the middle of its steps, but not many
+        self._max_begun = None if settings.acceleration.memory == "resident" else settings.max_rows + 1
         self._sizes = settings.engine.sizes or (MINIATURE_SIZES if settings.preset == "miniature" else SIZES)
         self._compiled = compile_mode(settings, uncond.device)
         self._curves = Curves()
@@ -123,7 +125,14 @@ class FluxDenoiser:
         shapes = [self.painter.shape_of(width, height, TEXT_TOKENS) for width, height in map(pixels, self._sizes)]
         warm_up(self._flux, self._uncond, dry_passes(self._compiled, shapes, self._max_rows))
         self._curves.measure(self.painter.seconds, shapes, self._max_rows)
-        return Engine(self.painter, self._curves, settings.max_jobs, self._max_rows, settings.preview_steps)
+        return Engine(
+            self.painter,
+            self._curves,
+            settings.max_jobs,
+            self._max_rows,
+            settings.preview_steps,
+            max_begun=self._max_begun,
+        )
 
 
 def load_flux(settings: Settings) -> "IdentityFlux":

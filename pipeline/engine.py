@@ -88,7 +88,8 @@ class Engine:
         `max_begun`: pictures that have begun and not ended, each of which holds memory; None: all.
         """
         self._painter, self._curves, self._clock, self._preview_steps = painter, curves, clock, preview_steps
-        self._schedule = Schedule(painter, curves, max_jobs, max_rows, max_jobs if max_begun is None else max_begun)
+        most = max_jobs if max_begun is None else max_begun
+        self._schedule = Schedule(painter.passes, curves, max_jobs, max_rows, most)
         self._numbers = itertools.count(1)
         self._open: dict[int, Ticket] = {}  # all that have not ended
         self._incoming: deque[Ticket] = deque()

@@ -62,7 +62,8 @@ class JobStore:
     ) -> tuple[str, bool]:
         """Accept a request; returns its id, and whether its Idempotency-Key had been used for it before.
 
-        `origin`: JSON values that are kept with the job and its record. Raises IdempotencyConflict where the key came with another request.
+        `origin`: JSON values that are kept with the job and its record. Raises IdempotencyConflict where the key came
+        with another request.
         """
         job_id, replay, replayed = new_id(), None, False
         if idempotency_key is not None:

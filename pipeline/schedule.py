@@ -3,18 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.curves import Curves, Shape
 from pipeline.errors import DeadlineExceeded, Overloaded
 from pipeline.events import Event
-
-
-class Work(Protocol):
-    """What the schedule asks of whoever draws (pipeline.engine.Painter)."""
-
-    def passes(self, work: Any, done: int) -> int:
-        """How many passes of one row are left after `done` steps."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,9 +32,14 @@ class Ticket:
 class Schedule:
     """Orders pictures by what their steps cost, their deadlines and how long they have been passed over."""
 
-    def __init__(self, painter: Work, curves: Curves, max_jobs: int, max_rows: int, max_begun: int) -> None:
-        """At most `max_jobs` pictures, `max_begun` of them begun, `max_rows` rows in a pass."""
-        self._painter, self._curves = painter, curves
+    def __init__(
+        self, passes: Callable[[Any, int], int], curves: Curves, max_jobs: int, max_rows: int, max_begun: int
+    ) -> None:
+        """At most `max_jobs` pictures, `max_begun` of them begun, `max_rows` rows in a pass.
+
+        `passes(work, done)`: see pipeline.engine.Painter.
+        """
+        self._passes, self._curves = passes, curves
         self._max_jobs, self._max_rows, self._max_begun = max_jobs, max_rows, max_begun
         self._pause = 0.0  # seconds that a step takes which goes on with others
 
@@ -102,13 +100,15 @@ class Schedule:
     def _rank(self, ticket: Ticket, now: float) -> tuple[int, int, float, int]:
         """What has the least left to do goes first, as that makes the mean wait the shortest; of equals, the older.
 
-        Before these goes who would be late if it waited for one more step of others, the earliest deadline first; and
-        before all who was overtaken by later ones for as long as its own work takes, so that long jobs end too.
+        Before these goes who would be late if it waited for one more step of others, the earliest deadline first, but
+        not who will be late anyway; and before all who was overtaken by later ones for as long as its own work takes,
+        so that long jobs end too.
         """
         left = self.left(ticket)
         if ticket.overtaken >= self._seconds(ticket, 0):
             return -ticket.priority, 0, 0.0, ticket.number
-        if now + left + self._pause > ticket.expires:
+        slack = ticket.expires - now - left
+        if self._curves.known and -self._pause <= slack <= self._pause:
             return -ticket.priority, 1, ticket.expires, ticket.number
         return -ticket.priority, 2, left, ticket.number
 
@@ -121,8 +121,7 @@ class Schedule:
 
     def _rows(self, ticket: Ticket) -> int:
         """Rows of its next step: 2 with true CFG."""
-        passes = self._painter.passes
-        return passes(ticket.work, ticket.done) - passes(ticket.work, ticket.done + 1)
+        return self._passes(ticket.work, ticket.done) - self._passes(ticket.work, ticket.done + 1)
 
     def _seconds(self, ticket: Ticket, done: int) -> float:
-        return self._painter.passes(ticket.work, done) * self._curves.seconds(ticket.shape, 1)
+        return self._passes(ticket.work, done) * self._curves.seconds(ticket.shape, 1)

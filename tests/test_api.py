@@ -301,7 +301,7 @@ def test_a_timeout_inside_is_not_the_deadline(tmp_path, post):
     ("method", "path", "status", "code"),
     [
         ("GET", "/", 404, "not_found"),
-        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/docs/nothing.js", 404, "not_found"),
         ("GET", "/v1/images", 405, "method_not_allowed"),
         ("DELETE", "/healthz", 405, "method_not_allowed"),
         ("GET", "/v1/images/" + "0" * 32, 404, "image_not_found"),

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("pipeline", "deployments", "cluster", "bench")
+PACKAGES = ("pipeline", "deployments", "cluster", "bench", "studio")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # A module in pipeline/ imports only from those above it.
 ORDER = [
-    *("errors", "settings", "trace", "request", "network", "s3", "fetch", "photos", "presets", "download", "manifest"),
+    *("errors", "settings", "trace", "request", "network", "webhooks", "s3"),
+    *("objects", "objects_local", "objects_memory", "objects_s3"),
+    *("fetch", "photos", "presets", "download", "manifest"),
     *(
         "weights",
         "tensors",
@@ -22,18 +24,23 @@ ORDER = [
         "miniature",
         "quantised",
         "checkpoints",
+        "face_models",
         "faces",
         "picture",
         "identity",
         "text",
     ),
-    *("curves", "events", "engine", "drawing", "painter", "acceleration", "context_parallel", "memory", "denoise"),
-    *("training", "stored", "store_s3", "store", "flow", "evaluation"),
+    *("curves", "compiling", "rehearsal"),
+    *("events", "schedule", "engine", "drawing", "passes", "painter", "acceleration", "context_parallel", "memory"),
+    *("denoise", "training", "stored", "store", "jobs", "job_store", "progress", "identities", "uploads", "flow"),
+    "evaluation",
 ]
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "open_clip", "timm", "insightface", "onnxruntime"}
 HEAVY |= {"facexlib", "safetensors", "skimage"}
-MAY_COMPUTE = ("checkpoints", "faces", "identity", "text", "denoise", "models", "miniature", "training", "evaluation")
-MAY_COMPUTE += ("tensors", "painter", "quantised", "acceleration", "context_parallel", "memory")
+MAY_COMPUTE = ("checkpoints", "face_models", "identity", "text", "denoise", "models", "miniature", "training")
+MAY_COMPUTE += ("evaluation",)
+MAY_COMPUTE += ("compiling", "rehearsal", "identities")
+MAY_COMPUTE += ("tensors", "passes", "painter", "quantised", "acceleration", "context_parallel", "memory")
 
 
 def name(path: Path) -> str:

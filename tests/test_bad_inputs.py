@@ -19,17 +19,19 @@ from deployments.api import create_api
 from pipeline.faces import FaceDetector
 from pipeline.flow import Stages, chain
 from pipeline.settings import LimitSettings, Settings
+from tests.service import InProcess
 from tests.test_fetch import ODD_ADDRESSES
 from tests.test_photos import DAMAGED, HUGE, OTHERS
 
 
-class Service:
+class Service(InProcess):
     """The chain as far as the face detector, which is where all of these end."""
 
-    def __init__(self, settings):
-        self.detector = FaceDetector.load(settings)
+    def __init__(self, folder):
+        super().__init__(Settings(weights_dir=folder))
+        self.detector = FaceDetector.load(Settings(device="cpu"))
 
-    async def generate(self, request):
+    async def generate(self, request, tenant="", progress=None):
         """Raises what the detector raises; whatever gets past it is the test's failure."""
 
         def stop(*_):
@@ -40,9 +42,10 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def post():
+def post(tmp_path_factory):
     """Sends people to the API; answers with status, code and detail."""
-    api = create_api(Service(Settings(device="cpu")), Settings(limits=LimitSettings(request_seconds=60)))
+    service = Service(tmp_path_factory.mktemp("notes"))
+    api = create_api(service, Settings(limits=LimitSettings(request_seconds=60)))
 
     def post(**person):
         async def go():

@@ -12,8 +12,8 @@ from pipeline import flow
 from pipeline.errors import FaceIndexOutOfRange
 from pipeline.models.alignment import overlap
 from pipeline.settings import LimitSettings, Settings
-from pipeline.store import open_store
 from pipeline.stored import Stored
+from tests.service import InProcess as OneProcess
 
 # where one sees them: the astronaut's face, and the middles of the six people's, from the left
 ASTRONAUT = (170, 60, 280, 175)
@@ -21,31 +21,27 @@ READ = 1024 / 1280  # the photo's long edge as the service reads it, and as it i
 SIX_PEOPLE = [(115, 325), (317, 213), (512, 343), (790, 413), (945, 135), (1172, 335)]
 
 
-class Service:
-    """The whole way in one process."""
+class Service(OneProcess):
+    """The whole way in one process, with the real stages."""
 
-    def __init__(self, settings):
-        self.stages, self.store = flow.load_stages(settings), open_store(settings.store)
-
-    async def generate(self, request):
-        return await asyncio.to_thread(flow.generate, request, self.stages, self.store)
-
-    async def content(self, image_id, number):
-        return self.store.content(image_id, number)
+    def __init__(self, folder, settings):
+        super().__init__(Settings(weights_dir=folder))
+        self.stages = flow.load_stages(settings)
 
 
-class Finds:
+class Finds(OneProcess):
     """A service that finds so many faces in any photo, and draws nothing."""
 
-    def __init__(self, count):
+    def __init__(self, folder, count):
+        super().__init__(Settings(weights_dir=folder))
         self.count = count
 
-    async def generate(self, request):
+    async def generate(self, request, tenant="", progress=None):
         if any(person.face >= self.count for person in request.people):
             raise FaceIndexOutOfRange("There are not so many faces.")
         faces = [[{"photo": 0, "box": [1, 2, 3, 4], "score": 0.9}] for _ in request.people]
-        record = {"pictures": [], "faces": faces, "prompt_truncated": False, "timings": {}}
-        return Stored("an id", (), record)
+        record = {"id": "0" * 32, "pictures": [], "faces": faces, "prompt_truncated": False, "timings": {}}
+        return Stored("0" * 32, (), record)
 
 
 class InProcess(httpx.BaseTransport):
@@ -71,8 +67,10 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(settings):
-    api = create_api(Service(settings), Settings(limits=LimitSettings(request_seconds=120)))
+def client(settings, tmp_path_factory):
+    api = create_api(
+        Service(tmp_path_factory.mktemp("notes"), settings), Settings(limits=LimitSettings(request_seconds=120))
+    )
     with httpx.Client(transport=InProcess(api), base_url="http://demo") as client:
         yield client
 
@@ -97,9 +95,9 @@ def test_real_faces_are_found(client):
 
 
 @pytest.mark.parametrize(("count", "how"), [(0, "fewer than the 1 face"), (2, "more than the 1 face")])
-def test_another_number_of_faces_is_told(count, how):
+def test_another_number_of_faces_is_told(tmp_path, count, how):
     """Where no face is found, or one too many, the demo ends with a sentence."""
-    service = InProcess(create_api(Finds(count), Settings(limits=LimitSettings())))
+    service = InProcess(create_api(Finds(tmp_path, count), Settings(limits=LimitSettings())))
     with (
         httpx.Client(transport=service, base_url="http://demo") as client,
         pytest.raises(SystemExit, match=f"astronaut .* {how}"),

@@ -2,6 +2,7 @@ import asyncio
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import ServeDeploySchema
@@ -42,6 +44,7 @@ from tests.fakes import (
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "serve_config.yaml").read_text())
 (APPLICATION,) = CONFIG["applications"]
+SCALED = [one for one in APPLICATION["deployments"] if one["name"] != "Board"]  # of which there is one
 FAKES = Parts(FakeFaces, FakeIdentity, FakeText, FakeDenoise, memory_objects, fake_models)
 
 
@@ -117,7 +120,7 @@ def run(coroutine):
 def test_no_deployment_scales_beyond_what_it_takes():
     """A target above max_ongoing_requests would never be reached, and Ray warns of it at every deploy."""
     taken = defaults(Settings(**APPLICATION["args"]))
-    for deployment in APPLICATION["deployments"]:
+    for deployment in SCALED:
         most = deployment.get("max_ongoing_requests", taken[deployment["name"]]["max_ongoing_requests"])
         assert deployment["autoscaling_config"]["target_ongoing_requests"] <= most
 
@@ -317,6 +320,20 @@ def test_a_request_beyond_its_deadline_fails(replica):
     """deadline_seconds ends a picture that takes longer."""
     with pytest.raises(errors.DeadlineExceeded):
         run(drawn(replica, request(ENDLESS, deadline_seconds=0.05)))
+
+
+def test_a_deadline_does_not_begin_anew_at_the_denoiser(settings):
+    """A request that has used up its time in the stages before is not drawn at all."""
+
+    class Slow(FakeText):
+        def encode(self, prompt, length):
+            threading.Event().wait(0.2)  # longer than the request may take
+            return super().encode(prompt, length)
+
+    parts = replace(FAKES, text=Slow)
+    handle = serve.run(wire(settings, parts), name="local", _local_testing_mode=True)
+    with pytest.raises(errors.DeadlineExceeded):
+        handle.generate.remote(request(num_steps=1, deadline_seconds=0.1)).result(timeout_s=20)
 
 
 def test_a_full_engine_refuses(settings):
@@ -585,7 +602,7 @@ def known(config, parsed, path=""):
 def test_ray_knows_every_key_of_the_config():
     """Ray drops what it does not know without a word; nothing in serve_config.yaml is dropped."""
     assert known(CONFIG, ServeDeploySchema(**CONFIG).model_dump(exclude_unset=True)) == []
-    for deployment in APPLICATION["deployments"]:
+    for deployment in SCALED:
         scaling = deployment["autoscaling_config"]
         assert known(scaling, AutoscalingConfig(**scaling).model_dump(exclude_unset=True)) == []
     misspelt = {"applications": [{**APPLICATION, "deployments": [{"name": "Ingress", "max_ongoing_request": 1}]}]}
@@ -606,6 +623,7 @@ def deployments(application):
     while left:
         deployment = left.pop()._bound_deployment
         found[deployment.name] = deployment
+        left += [arg for arg in deployment.init_args if isinstance(arg, Application)]
         left += [a for arg in deployment.init_args if isinstance(arg, dict) for a in arg.values()]
     return found
 

@@ -170,6 +170,16 @@ def test_a_long_picture_ends_though_short_ones_never_stop(bench):
     assert bench.ended["long"] == pytest.approx(20.0, abs=2.0)
 
 
+def test_of_two_that_would_be_late_the_earlier_deadline_goes_first(bench):
+    """Both are in time, though the one that is due first came last and is not the shorter."""
+    bench.submit(Work("later", 6), seconds=13)
+    bench.engine.step()
+    bench.submit(Work("sooner", 6), seconds=7)
+    bench.run()
+    assert bench.ended == {"sooner": 7.0, "later": 12.0}
+    assert all(isinstance(events[-1], Done) for events in bench.events.values())
+
+
 def test_priority_goes_first_and_lower_ones_never_slow_it(bench):
     """A higher priority takes over at the next step, and shares no pass with a lower one."""
     bench.submit(Work("low", 3, GAINING))
@@ -286,6 +296,27 @@ def test_what_has_no_memory_to_begin_waits_for_others():
     bench.submit(Work("large", 2))
     bench.run()
     assert isinstance(bench.events["large"][-1].error, MemoryError)
+
+
+def test_who_will_be_late_anyway_holds_nobody_up(bench):
+    """A deadline that was missed already puts a picture ahead of nobody."""
+    bench.submit(Work("lost", 6), seconds=7)
+    bench.painter.now += 4  # somebody else's step
+    bench.submit(Work("due", 4), seconds=5)
+    bench.run()
+    assert isinstance(bench.events["due"][-1], Done)
+    assert isinstance(bench.events["lost"][-1].error, DeadlineExceeded)
+
+
+def test_begun_pictures_are_bounded():
+    """With two at most a third waits, however short it is, until one of them has ended; those that run go on."""
+    bench = Bench(max_begun=2)
+    for steps in (9, 6, 3):
+        bench.submit(Work(f"of {steps}", steps))
+        bench.engine.step()
+    assert bench.painter.passes_run == [["of 9"], ["of 6"], ["of 6"]]
+    bench.run()
+    assert list(bench.ended) == ["of 6", "of 3", "of 9"]
 
 
 def test_newcomers_that_take_long_to_begin_do_so_one_a_step():

@@ -1,3 +1,6 @@
+import time
+from dataclasses import replace
+
 import pytest
 
 from pipeline import flow
@@ -15,6 +18,13 @@ class Recorder:
             text=lambda prompt, length: ("text", prompt, length),
             denoise=lambda request, number, *records: (request, number, *records),
         )
+
+
+class Kept:
+    """A store that looks at nothing."""
+
+    def save(self, image_id, request, pictures):
+        return pictures
 
 
 def run(tenant="", **fields):
@@ -53,3 +63,19 @@ def test_an_unknown_identity_is_named():
     """A stored identity that is not there is the caller's error, with the person's index."""
     with pytest.raises(IdentityNotFound, match=r"people\[0\]"):
         run(people=[{"identity": "abc"}])
+
+
+def test_a_deadline_is_stamped_once():
+    """The denoiser is told when to give up, in seconds since 1970; where there is no deadline it is told nothing."""
+    told = []
+    stages = replace(Recorder().stages, denoise=lambda *_, **named: told.append(named))
+    wanted = Request.model_validate({"prompt": "p", "seed": 1, "num_outputs": 2, "deadline_seconds": 60})
+    flow.chain(wanted, stages, expires=123.0)
+    flow.chain(wanted, stages)
+    assert told == [{"expires": 123.0}] * 2 + [{}] * 2
+    told.clear()
+    before = time.time()
+    flow.generate(wanted, stages, Kept())
+    first, second = (named["expires"] for named in told)
+    assert first == second
+    assert before + 60 <= first <= time.time() + 60

@@ -462,3 +462,35 @@ def test_a_store_that_is_away_loses_nothing(tmp_path, moment):
         assert make.calls == 1
 
     run(service, test=test)
+
+
+class Deaf:
+    """A receiver that never hears: every delivery is to be tried again, in an hour."""
+
+    attempts = 5
+
+    def __init__(self):
+        self.tried = []
+
+    def deliver(self, url, delivery_id, body, tenant):
+        self.tried.append(delivery_id)
+        return False
+
+    def retry_delay(self, delivery_id, tries):
+        return 3600.0
+
+
+def test_a_dead_webhook_holds_up_nobody(tmp_path):
+    """While its end is told again and again, a job takes no place among those that run."""
+    jobs = QUICK.model_copy(update={"max_running": 1})
+    service = InProcess(Settings(weights_dir=tmp_path, jobs=jobs), sender=(deaf := Deaf()), make=Made())
+
+    async def test():
+        first, _ = await service.jobs.submit(request(webhook="https://a.example/x"), "", None)
+        second, _ = await service.jobs.submit(request(), "", None)
+        for job in (first, second):
+            assert (await service.jobs.wait("", job["id"], 20))["status"] == "succeeded"
+        await until(lambda: deaf.tried)
+        assert deaf.tried == [f"{first['id']}-succeeded"]
+
+    run(service, test=test)
