@@ -42,6 +42,7 @@ class Drawing:
             label="Made since this page was opened",
             columns=6,
             fit_columns=False,
+            height="auto",
             object_fit="contain",
             interactive=False,
             elem_id="gallery",

@@ -29,8 +29,8 @@ def shown(photos: Sequence[bytes], faces: Iterable[Mapping[str, Any]]) -> list[T
         number = face["photo"]
         photo = Photo(base64=base64.b64encode(photos[number]).decode())
         pixels = reader.read(photo, f"Photo {number + 1}")
-        found.append((boxed(pixels, face["box"]), f"Photo {number + 1}: found with a score of {face['score']:.2f}"))
-        found.append((cut_out(pixels, face["box"]), f"Photo {number + 1}: the face"))
+        found.append((boxed(pixels, face["box"]), f"{number + 1}: score {face['score']:.2f}"))
+        found.append((cut_out(pixels, face["box"]), f"{number + 1}: face"))
     return found
 
 

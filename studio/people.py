@@ -61,6 +61,7 @@ class People:
             label="What the service sees",
             columns=4,
             fit_columns=False,
+            height="auto",
             object_fit="contain",
             interactive=False,
             buttons=[],
