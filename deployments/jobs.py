@@ -17,7 +17,7 @@ from pipeline.progress import BEGINNING, LAST, Position, ServerEvent
 from pipeline.request import Request
 from pipeline.settings import JobSettings
 
-IDLE_SECONDS = 10.0  # without an event, after which the store is asked
+IDLE_SECONDS = 4.0  # without an event, after which the store is asked
 Check = Callable[[Request, str], Awaitable[None]]
 GLANCE_SECONDS = 0.05  # for the board to say how far a job is; else the last heartbeat tells
 
