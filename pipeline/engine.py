@@ -131,10 +131,11 @@ class Engine:
             self._tickets.append(self._incoming.popleft())
         self._tickets = [ticket for ticket in self._tickets if not self._gone(ticket)]
         started = self._clock()
-        chosen = self._schedule.choose(self._tickets, self._begun(), started)
-        if not chosen:
+        batch = self._schedule.choose(self._tickets, self._begun, started)
+        if not batch:
             return False
-        batch = self._begin(chosen, started)
+        if any(ticket.drawing is None for ticket in batch):
+            batch = self._begin(batch, started)
         if batch:
             advanced = self._advance(batch)
             self._steps += 1

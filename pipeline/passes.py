@@ -21,6 +21,7 @@ class Passes:
         """At most `max_rows` rows in a pass, on the device and in the dtype of `like`."""
         self._flux, self._curves, self._max_rows = flux, curves, max_rows
         self._like = like.new_empty(0)
+        self._waits = like.device.type == "cuda"
 
     def predict(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         """The velocity (1, N, 64) of each row, all of one shape; raises torch.OutOfMemoryError."""
@@ -48,7 +49,7 @@ class Passes:
 
     def wait(self) -> None:
         """For the GPU: a step is over when its numbers are there, so that a cancelled row is not computed ahead."""
-        if self._like.device.type == "cuda":
+        if self._waits:
             torch.cuda.current_stream(self._like.device).synchronize()
 
     def _pass(self, rows: Sequence[Row]) -> Sequence[Tensor]:

@@ -59,13 +59,15 @@ class Schedule:
         if first and now + shared + left > ticket.expires:
             raise Overloaded("The denoiser cannot finish the picture in its time; try later, or give it more time.")
 
-    def choose(self, tickets: Sequence[Ticket], begun: int, now: float) -> list[Ticket]:
+    def choose(self, tickets: Sequence[Ticket], begun: Callable[[], int], now: float) -> list[Ticket]:
         """The pictures that go on: the first in rank, and of its shape as many as end sooner together.
 
         `begun`: how many have a drawing, those that wait to be decoded included.
         """
-        ranked = sorted(tickets, key=lambda ticket: self._rank(ticket, now)) if len(tickets) > 1 else tickets
-        able = self._able(ranked, begun)
+        if len(tickets) > 1:
+            tickets = sorted(tickets, key=lambda ticket: self._rank(ticket, now))
+        newcomers = any(ticket.drawing is None for ticket in tickets)
+        able = self._able(tickets, begun()) if newcomers else list(tickets)
         if len(able) < 2:
             return able
         first = able[0]
@@ -76,6 +78,8 @@ class Schedule:
     def account(self, tickets: Sequence[Ticket], batch: Sequence[Ticket], seconds: float) -> None:
         """A step of `batch` took so long, while the others waited."""
         self._pause = seconds
+        if len(tickets) == len(batch):
+            return
         youngest = max(ticket.number for ticket in batch)
         for ticket in tickets:
             if ticket.number < youngest and ticket not in batch:

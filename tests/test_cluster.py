@@ -48,7 +48,8 @@ def placed(**more):
     for deployment in yaml.safe_load(CONFIG.read_text())["applications"][0]["deployments"]:
         name = deployment.pop("name")
         deployment["ray_actor_options"]["num_cpus"] = 0.5
-        deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
+        if "autoscaling_config" in deployment:
+            deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
         options[name] = {**deployment, **more.get(name, {})}
     return options
 
@@ -192,9 +193,9 @@ def test_a_large_body_is_refused_over_a_real_connection(client):
 
 
 def test_health_names_the_running_replicas(client):
-    """GET /healthz is 200 with all five deployments running."""
+    """GET /healthz is 200 with all six deployments running."""
     response = client.get("/healthz")
-    assert response.json() == {"status": "ok", "replicas": dict.fromkeys([*STAGES, "Ingress"], 1)}
+    assert response.json() == {"status": "ok", "replicas": dict.fromkeys([*STAGES, "Ingress", "Board"], 1)}
 
 
 def test_a_client_that_goes_away_stops_the_loop(url, client, settings):

@@ -6,6 +6,7 @@ The cluster's pictures go to an S3 server over HTTP, behind a proxy that can fai
 import base64
 import hashlib
 import io
+import json
 import os
 import socket
 from pathlib import Path
@@ -18,9 +19,10 @@ from ray import serve
 from skimage import data
 
 from deployments.app import AppArgs, build, wire
+from deployments.keys import fingerprint, new_key
 from pipeline import flow
 from pipeline.request import Request
-from pipeline.settings import Settings
+from pipeline.settings import JobSettings, KeySettings, Settings
 from pipeline.store import open_store
 from tests import s3
 from tests.test_cluster import placed
@@ -74,7 +76,7 @@ def test_weight_zero_is_the_bytes_of_nobody(expected):
 
 def test_local_testing_mode(settings, expected):
     """build() without a cluster gives the same pixels."""
-    handle = serve.run(build(AppArgs(**dict(settings))), name="local", _local_testing_mode=True)
+    handle = serve.run(build(AppArgs.model_validate(settings.model_dump())), name="local", _local_testing_mode=True)
     for name, body in BODIES.items():
         stored = handle.generate.remote(Request.model_validate(body)).result(timeout_s=60)
         assert [picture["sha256"] for picture in stored.record["pictures"]] == expected[name], name
@@ -92,15 +94,24 @@ def bucket():
 
 
 @pytest.fixture(scope="module")
-def client(settings, bucket, ray_cluster):
+def client(settings, bucket, ray_cluster, tmp_path_factory):
     """The application on two nodes, placed by label as in serve_config.yaml, storing to S3."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    stored_in_s3 = settings.model_copy(update={"store": s3.s3_settings(bucket.endpoint, path_style=True)})
+    key, keys = new_key(), tmp_path_factory.mktemp("keys") / "keys.json"
+    keys.write_text(json.dumps([{"tenant": "acme", "sha256": fingerprint(key)}]))
+    stored_in_s3 = settings.model_copy(
+        update={
+            "store": s3.s3_settings(bucket.endpoint, path_style=True),
+            "keys": KeySettings(file=keys),
+            "jobs": JobSettings(scan_seconds=3600),  # the faults of a test are for its own calls
+        }
+    )
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(wire(stored_in_s3, overrides=placed()), name="pulid")
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
+    options = {"headers": {"Authorization": f"Bearer {key}"}, "timeout": 120, "trust_env": False}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", **options) as client:
         yield client
 
 
