@@ -73,20 +73,23 @@ class Curves:
     def learn(self, shape: Shape, rows: int, seconds: float) -> None:
         """Correct a curve by a step that ran."""
         curve = self._of(shape)
-        start = self._start[shape]
-        for other in curve:
-            if other != rows:
-                curve[other] += FADING * (start[other] - curve[other])
         known = curve.get(rows)
         if known is None:
-            curve[rows] = start[rows] = seconds
+            curve[rows] = self._start[shape][rows] = seconds
             return
-        slow = self._slow.get((shape, rows), 0) + 1 if seconds > SLOW * known else 0
-        self._slow[shape, rows] = slow
-        if 0 < slow < CONFIRMED:
-            if seconds > FALTERING * known:
-                return
-            seconds = SLOW * known
+        if len(curve) > 1:
+            start = self._start[shape]
+            for other in curve:
+                if other != rows:
+                    curve[other] += FADING * (start[other] - curve[other])
+        if seconds > SLOW * known:
+            slow = self._slow[shape, rows] = self._slow.get((shape, rows), 0) + 1
+            if slow < CONFIRMED:
+                if seconds > FALTERING * known:
+                    return
+                seconds = SLOW * known
+        elif self._slow:
+            self._slow.pop((shape, rows), None)
         curve[rows] = known + LEARNING * (seconds - known)
 
     def forbid(self, shape: Shape, rows: int) -> None:

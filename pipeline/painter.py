@@ -135,7 +135,7 @@ class FluxPainter:
         rows = [self._row(drawing, positive=True) for drawing in drawings]
         guided = [drawing for drawing in drawings if drawing.generation.guided(drawing.step)]
         velocities = self._passes.predict([*rows, *(self._row(drawing, positive=False) for drawing in guided)])
-        opposite = dict(zip(map(id, guided), velocities[len(rows) :], strict=True))
+        opposite = dict(zip(map(id, guided), velocities[len(rows) :], strict=True)) if guided else {}
         stepped = []
         for drawing, velocity in zip(drawings, velocities, strict=False):
             if id(drawing) in opposite:
