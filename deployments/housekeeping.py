@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from deployments.problems import unforeseen
 from deployments.worker import stopped
 from pipeline.errors import StoreError
 
@@ -35,5 +36,7 @@ class Housekeeping:
                     erased = await asyncio.to_thread(sweep)
                 except StoreError as error:
                     log.warning("housekeeping could not be done: %s", error.code)
+                except Exception as error:  # the next round, and the other sweeps, are to come all the same
+                    unforeseen(error, "housekeeping")
                 else:
                     log.info("housekeeping erased %d objects", erased)

@@ -8,7 +8,8 @@ from typing import Any
 from deployments.job_view import end_view, final_view, open_view
 from deployments.reporter import BoardClient
 from deployments.runner import Runner
-from deployments.threads import to_its_end
+from deployments.service import lasting
+from deployments.threads import ended, to_its_end
 from deployments.worker import Outbox
 from pipeline.errors import Overloaded
 from pipeline.job_store import JobStore
@@ -47,16 +48,25 @@ class Jobs:
     ) -> tuple[dict[str, Any], bool]:
         """Accept a request; returns its job, and whether its Idempotency-Key had been used for it before.
 
-        Raises Overloaded, IdempotencyConflict, StoreError; else the job is in the store and cannot be lost.
+        Raises Overloaded, IdempotencyConflict, StoreError; else the job is in the store and cannot be lost. A caller
+        who leaves meanwhile leaves no job behind, unless it is a lasting one.
         """
         if self._runner.open_jobs() >= self._settings.max_open:
             raise Overloaded("There are as many jobs as the service keeps; try again after the time in Retry-After.")
         await self._check(request, tenant)
-        job_id, replayed = await to_its_end(self._store.submit, request, tenant, idempotency_key, origin)
-        if not replayed:
-            self._runner.wake()
-            await self._accepted(tenant, job_id)
-        return await self.view(tenant, job_id), replayed
+        work = asyncio.to_thread(self._store.submit, request, tenant, idempotency_key, origin)
+        submitting = asyncio.ensure_future(work)
+        try:
+            job_id, replayed = await asyncio.shield(submitting)
+            if not replayed:
+                self._runner.wake()
+                await self._accepted(tenant, job_id)
+            return await self.view(tenant, job_id), replayed
+        except asyncio.CancelledError:
+            await ended(submitting)
+            if submitting.exception() is None and not lasting(request, idempotency_key):
+                await self.cancel(tenant, submitting.result()[0])
+            raise
 
     async def view(self, tenant: str, job_id: str) -> dict[str, Any]:
         """A job, open or ended; raises ImageNotFound."""
@@ -102,7 +112,7 @@ class Jobs:
     async def cancel(self, tenant: str, job_id: str) -> dict[str, Any]:
         """Stop a job; what has ended stays as it is. Raises ImageNotFound."""
         held = await to_its_end(self._store.stop, tenant, job_id, "cancelled")
-        if held is not None:
+        if held is not None and held.job.state == "cancelled":
             self._runner.stop(job_id)
             self._tell(self._board.notify("stopped", job_id))
             self._runner.settle(held, self._announce)

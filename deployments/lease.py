@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from deployments.threads import ended, to_its_end
-from pipeline.errors import StoreConflict, StoreError
+from pipeline.errors import StoreConflict, StoreMisconfigured, StoreUnavailable
 from pipeline.job_store import Held, JobStore
 from pipeline.jobs import Job
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
+AWAY = (StoreUnavailable, StoreMisconfigured)  # what passes, or is put right while the service runs
 PAUSES = (0.2, 0.5, 1.0, 2.0)  # seconds between tries while the store is away; the last one repeats
 
 
@@ -42,11 +43,11 @@ class Lease:
             raise
 
     async def insist(self, **changes: Any) -> None:
-        """The same until the store answers; raises LeaseLost."""
+        """The same until the store answers; raises LeaseLost, StoreCorrupt."""
         for pause in _pauses():
             try:
                 await self.change(**changes)
-            except StoreError as error:
+            except AWAY as error:
                 log.warning("job %s cannot be written (%s); trying again", self.job.id, error.code)
                 await asyncio.sleep(pause)
             else:
@@ -58,7 +59,7 @@ class Lease:
             await asyncio.sleep(seconds)
             try:
                 await self.change(progress=progress())
-            except StoreError as error:  # nobody can take the job over either
+            except AWAY as error:  # nobody can take the job over either
                 log.warning("no heartbeat of job %s: %s", self.job.id, error.code)
 
     async def _change(self, changes: dict[str, Any]) -> None:
@@ -75,13 +76,11 @@ class Lease:
 
 
 async def insist(call: Callable[..., R], *arguments: Any) -> R:
-    """One call of the store, until the store answers; raises StoreConflict and what is no StoreError."""
+    """One call of the store, until it answers; raises what waiting does not mend: StoreConflict, StoreCorrupt."""
     for pause in _pauses():
         try:
             return await to_its_end(call, *arguments)
-        except StoreConflict:
-            raise
-        except StoreError as error:
+        except AWAY as error:
             log.warning("the store is away (%s); trying again", error.code)
             await asyncio.sleep(pause)
     raise AssertionError("the pauses have no end")

@@ -20,7 +20,7 @@ from deployments import problems
 from deployments.admission import Admission
 from deployments.answers import Answer, JobAnswer, answer, job_answer, picture, wants_picture
 from deployments.body import read_request
-from deployments.service import Service, caller, prompt_answer
+from deployments.service import Service, caller, lasting, prompt_answer, waited
 from pipeline.errors import Cancelled, DeadlineExceeded, InvalidRequest
 from pipeline.request import Request
 from pipeline.settings import JobSettings, LimitSettings
@@ -91,9 +91,13 @@ class Maker:
         async with in_time(self._limits) as clock:
             with self._admission.admitted(caller(http)):
                 request = await read_request(http.headers, http.stream(), self._limits.max_body_bytes)
-                if not (preference.asynchronous or key or request.webhook):
+                if not (preference.asynchronous or lasting(request, key)):
                     return await self._image(http, request, clock, started)
-            return await self._job(http, request, preference, key)
+            view, replayed = await self._service.jobs.submit(request, caller(http).tenant, key)
+        response = await self._job(http, view, preference, lasting(request, key))
+        if replayed:
+            response.headers["Idempotency-Replayed"] = "true"
+        return response
 
     async def _image(self, http: fastapi.Request, request: Request, clock: asyncio.Timeout, started: float) -> Response:
         if request.deadline_seconds is not None:
@@ -105,21 +109,11 @@ class Maker:
             return JSONResponse(answer(stored, time.perf_counter() - started))
         return await self._pixels(stored.id, tenant)
 
-    async def _job(self, http: fastapi.Request, request: Request, preference: Preference, key: str | None) -> Response:
-        tenant = caller(http).tenant
-        view, replayed = await self._service.jobs.submit(request, tenant, key)
-        try:
-            seconds = preference.wait if preference.asynchronous else self._limits.request_seconds
-            if seconds:
-                view = await self._service.jobs.wait(tenant, view["id"], seconds)
-        except asyncio.CancelledError:
-            if key is None:  # then the caller has nothing by which to ask for it again
-                await asyncio.shield(asyncio.ensure_future(self._service.jobs.cancel(tenant, view["id"])))
-            raise
-        response = await self._answered(http, view, preference)
-        if replayed:
-            response.headers["Idempotency-Replayed"] = "true"
-        return response
+    async def _job(self, http: fastapi.Request, view: dict[str, Any], preference: Preference, kept: bool) -> Response:
+        seconds = preference.wait if preference.asynchronous else self._limits.request_seconds
+        if seconds:
+            view = await waited(self._service.jobs, caller(http).tenant, view["id"], seconds, kept)
+        return await self._answered(http, view, preference)
 
     async def _answered(self, http: fastapi.Request, view: dict[str, Any], preference: Preference) -> Response:
         if view["status"] == "succeeded":

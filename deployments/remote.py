@@ -128,15 +128,12 @@ class RemoteBoard:
 async def _within(seconds: float, response: Any) -> Any:
     """An answer of the board; while there is none to ask, Serve would keep the call until there is."""
     try:
-        return await asyncio.wait_for(_awaited(response), seconds + BOARD_SECONDS)
+        async with asyncio.timeout(seconds + BOARD_SECONDS):
+            return await response
     except BaseException:  # also where the caller waits no longer
         with suppress(Exception):  # where it has failed there is nothing to stop
             response.cancel()
         raise
-
-
-async def _awaited(response: Any) -> Any:
-    return await response
 
 
 def running_replicas() -> dict[str, int]:

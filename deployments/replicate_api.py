@@ -14,7 +14,6 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from typing import Any
 
 import fastapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -39,7 +38,7 @@ from deployments.replicate_view import (
     prediction,
     version,
 )
-from deployments.service import Service, caller, prompt_answer
+from deployments.service import Service, caller, lasting, prompt_answer, waited
 from pipeline.errors import ImageNotFound, StoreUnavailable, WebhookRefused
 from pipeline.jobs import ENDS
 from pipeline.photos import media_type
@@ -84,9 +83,8 @@ class Predictions:
                 came = origin(base, meant.model, meant.version, echo(given))
                 with named(given):
                     view, replayed = await self._service.jobs.submit(asked, tenant, key, came)
-            if wait:
-                kept = key is not None or asked.webhook is not None
-                view = await self._waited(tenant, view["id"], wait, kept)
+        if wait:
+            view = await waited(self._service.jobs, tenant, view["id"], wait, lasting(asked, key))
         headers = {"Idempotency-Replayed": "true"} if replayed else {}
         status = 202 if wait and view["status"] not in ENDS else 201
         return JSONResponse(created(view, base), status, headers)
@@ -116,18 +114,6 @@ class Predictions:
         data = await prompt_answer(self._service.data(prediction_id, int(found[1]), caller(http).tenant), STORE)
         content = Content(media_type(data) or "application/octet-stream", data)
         return picture(content, 307, "private, max-age=86400, immutable")
-
-    async def _waited(self, tenant: str, job_id: str, seconds: float, kept: bool) -> dict[str, Any]:
-        """A job when it has ended, or as it is then. A caller who goes away stops it, unless there is another way back.
-
-        `kept`: whether there is one.
-        """
-        try:
-            return await self._service.jobs.wait(tenant, job_id, seconds)
-        except asyncio.CancelledError:
-            if not kept:
-                await asyncio.shield(asyncio.ensure_future(self._service.jobs.cancel(tenant, job_id)))
-            raise
 
     async def _file(self, file_id: str, tenant: str) -> bytes:
         return await prompt_answer(asyncio.to_thread(self._service.uploads.data, file_id, tenant), STORE)

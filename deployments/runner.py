@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from deployments.problems import unforeseen
 from deployments.reporter import BoardClient
 from deployments.worker import Announce, Worker, stopped
-from pipeline.errors import StoreError
+from pipeline.errors import StoreCorrupt, StoreError
 from pipeline.job_store import Held, JobStore, Listed
 from pipeline.jobs import in_turn
 from pipeline.settings import JobSettings
@@ -40,6 +41,7 @@ class Runner:
     def __init__(self, jobs: JobStore, worker: Worker, board: BoardClient, settings: JobSettings) -> None:
         self._jobs, self._worker, self._board, self._settings = jobs, worker, board, settings
         self._seen: dict[str, _Seen] = {}
+        self._damaged: dict[str, str] = {}  # versions of jobs that cannot be read
         self._queue: dict[str, int] = {}  # the place of each queued job
         self._open = Counter[str]()  # open jobs that are not over, by tenant
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -94,6 +96,8 @@ class Runner:
                 log.warning("the listing of jobs cannot be read: %s", error.code)
                 for seen in self._seen.values():  # nor could their owners write a heartbeat
                     seen.since = time.monotonic()
+            except Exception as error:  # a replica that looks no more would not be noticed
+                unforeseen(error, "the look at the jobs")
             with suppress(TimeoutError):  # not wait_for, which in Python 3.11 may swallow being cancelled
                 async with asyncio.timeout(self._settings.scan_seconds):
                     await self._wake.wait()
@@ -118,21 +122,27 @@ class Runner:
         readers = asyncio.Semaphore(READERS)
 
         async def read(entry: Listed) -> None:
-            async with readers:
-                held = await asyncio.to_thread(self._jobs.read, entry.tenant, entry.id)
+            try:
+                async with readers:
+                    held = await asyncio.to_thread(self._jobs.read, entry.tenant, entry.id)
+            except StoreCorrupt:  # of another version of this service, say, which then runs it
+                log.exception("job %s cannot be read here", entry.id)
+                self._damaged[entry.id] = entry.etag
+                return
             if held is not None:
                 self._seen[entry.id] = _Seen(held, time.monotonic())
 
-        await asyncio.gather(*(read(entry) for entry in listed if self._etag(entry.id) != entry.etag))
-        for job_id in self._seen.keys() - {entry.id for entry in listed}:
-            del self._seen[job_id]
+        await asyncio.gather(*(read(entry) for entry in listed if not self._knows(entry)))
+        ids = {entry.id for entry in listed}
+        self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in ids}
+        self._damaged = {job_id: etag for job_id, etag in self._damaged.items() if job_id in ids}
         jobs = [seen.held.job for seen in self._seen.values()]
         self._queue = {job.id: place for place, job in enumerate(in_turn(jobs))}
         self._open = Counter(job.tenant for job in jobs if not job.over)
 
-    def _etag(self, job_id: str) -> str | None:
-        seen = self._seen.get(job_id)
-        return None if seen is None else seen.held.etag
+    def _knows(self, entry: Listed) -> bool:
+        seen = self._seen.get(entry.id)
+        return entry.etag in (self._damaged.get(entry.id), None if seen is None else seen.held.etag)
 
     def _take_up(self, owner: str) -> None:
         """Begin what nobody does: ends that are not settled, running jobs without heartbeats, the next in the queue."""

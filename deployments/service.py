@@ -94,6 +94,21 @@ async def prompt_answer(answer: Awaitable[T], silent: str) -> T:
         raise StoreUnavailable(f"{silent} did not answer within {READ_SECONDS} seconds; try again.") from error
 
 
+def lasting(request: Request, idempotency_key: str | None) -> bool:
+    """Whether a caller who has not heard of a job can still come to know of it, so that it goes on without them."""
+    return idempotency_key is not None or request.webhook is not None
+
+
+async def waited(jobs: JobService, tenant: str, job_id: str, seconds: float, kept: bool) -> dict[str, Any]:
+    """A job when it has ended, or as it is after so many seconds; a caller who leaves stops it, unless it is `kept`."""
+    try:
+        return await jobs.wait(tenant, job_id, seconds)
+    except asyncio.CancelledError:
+        if not kept:
+            await asyncio.shield(asyncio.ensure_future(jobs.cancel(tenant, job_id)))
+        raise
+
+
 def caller(http: fastapi.Request) -> Caller:
     """Whose request this is; without keys, nobody's in particular."""
     found: Caller = getattr(http.state, "caller", None) or Caller()

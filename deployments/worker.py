@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from deployments.job_view import end_view
 from deployments.lease import Lease, LeaseLost, insist
-from deployments.problems import problem
+from deployments.problems import problem, unforeseen
 from deployments.reporter import BoardClient, Reporter
 from pipeline.errors import (
     Busy,
@@ -127,44 +127,54 @@ class Worker:
         reporter.end(job.state, await insist(end_view, self._jobs, job))
 
     async def _end(self, lease: Lease, reporter: Reporter) -> None:
-        """Make the pictures and write the end of the job: publish, then commit; raises LeaseLost."""
+        """Write the end of the job, whatever it is; raises LeaseLost."""
+        try:
+            await self._carry_out(lease, reporter)
+        except LeaseLost:
+            raise
+        except Exception as error:  # also what nobody foresaw, or each replica in turn would try it
+            known = error if isinstance(error, PipelineError) else unforeseen(error, "a job")
+            await lease.insist(state="failed", problem=problem(known))
+
+    async def _carry_out(self, lease: Lease, reporter: Reporter) -> None:
+        """Make the pictures: publish, then commit; raises LeaseLost, PipelineError."""
         job = lease.job
         published = await insist(self._jobs.published, job)
         if published is not None:  # its pictures were complete when its owner was lost
             await lease.insist(state="succeeded", attempt=published)
             return
+        if job.attempt > self._settings.attempts:
+            raise WorkerUnavailable("The workers of this job were lost again and again; send its request again.")
         request = await insist(self._jobs.request, job)
         if request is None:
             raise LeaseLost  # it had ended before it was claimed
         try:
-            if job.attempt > self._settings.attempts:
-                raise WorkerUnavailable("The workers of this job were lost again and again; send its request again.")
-            pictures = await self._made(request, lease, reporter)
-        except PipelineError as error:
-            await lease.insist(state="failed", problem=problem(error))
-            return
+            async with asyncio.timeout(job.deadline - time.time()) as clock:
+                pictures = await self._made(request, job, reporter)
+        except TimeoutError as error:
+            if not clock.expired():
+                raise
+            raise DeadlineExceeded("The job had not ended by its deadline; give it more time.") from error
         await insist(self._images.publish, job.id, request, pictures, job.tenant, job.attempt)
         await lease.insist(state="succeeded", progress=reporter.progress)
 
-    async def _made(self, request: Request, lease: Lease, reporter: Reporter) -> Sequence[Picture]:
+    async def _made(self, request: Request, job: Job, reporter: Reporter) -> Sequence[Picture]:
         """The pictures of a request, tried again where that can help; raises PipelineError."""
-        job, lost = lease.job, 0
+
+        def hear(number: int, event: Event) -> None:
+            for name, data in reporter.hear(number, event):
+                self._outbox.passing(job, name, data)
+
+        lost = 0
         while True:
             reporter.begin(request.num_outputs)
             self._outbox.passing(job, "started", {"attempt": job.attempt})
-
-            def hear(number: int, event: Event) -> None:
-                for name, data in reporter.hear(number, event):
-                    self._outbox.passing(job, name, data)
-
             try:
                 return await self._make(request, job.tenant, job.deadline, hear)
             except (Busy, StoreError) as error:
                 lost += not isinstance(error, Overloaded)  # for room it waits for as long as it may
                 if lost >= self._settings.attempts:
                     raise
-                if time.time() + PAUSE > job.deadline:
-                    raise DeadlineExceeded("The job had not ended by its deadline; give it more time.") from error
                 log.info("job %s is tried again: %s", job.id, error.code)
             await asyncio.sleep(PAUSE)
 

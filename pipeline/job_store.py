@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.errors import IdempotencyConflict, ImageNotFound, StoreConflict, StoreUnavailable
+from pydantic import ValidationError
+
+from pipeline.errors import IdempotencyConflict, ImageNotFound, StoreConflict, StoreCorrupt, StoreUnavailable
 from pipeline.jobs import ENDS, NO_TENANT, Hook, Job, State, begun, job_key, moment, moments, named, new_id
 from pipeline.objects import Objects
 from pipeline.request import Request
@@ -21,7 +23,8 @@ from pipeline.settings import JobSettings
 from pipeline.store import ImageStore
 from pipeline.stored import RECORD_VERSION, checked_id
 
-STRAY_SECONDS = 3600  # after which a request that has no job will not get one any more
+STRAY_SECONDS = 3600  # after which a request without a job, or an image without a record, will not get one any more
+SWEPT_SECONDS = 2 * 3600  # of ids before that, among which strays are looked for: several rounds of housekeeping
 RACES = 20  # lost in a row by one write, before it gives up: each was won by another
 
 
@@ -85,9 +88,12 @@ class JobStore:
         return self._images.record(job_id, tenant)
 
     def request(self, job: Job) -> Request | None:
-        """The whole request of an open job; None where the job has ended meanwhile."""
+        """The whole request of an open job; None where the job has ended meanwhile. Raises StoreCorrupt."""
         found = self._objects.get(_request_key(job.id))
-        return None if found is None else Request.model_validate_json(found.data)
+        try:
+            return None if found is None else Request.model_validate_json(found.data)
+        except ValidationError:  # whose text would quote it
+            raise StoreCorrupt("A job's request is damaged, or of another version; send it again.") from None
 
     def open_jobs(self) -> Iterator[Listed]:
         """All open jobs, without reading them."""
@@ -164,8 +170,9 @@ class JobStore:
             self._objects.delete(record["replay"])
 
     def sweep(self) -> int:
-        """Erase requests whose job never came to be, and Idempotency-Keys that are too old; returns how many."""
-        old, erased = self._now() - STRAY_SECONDS, 0
+        """Erase requests and images that nobody will complete, and old Idempotency-Keys; returns how many."""
+        old = self._now() - STRAY_SECONDS
+        erased = self._images.sweep(old - SWEPT_SECONDS, old, lambda: {listed.id for listed in self.open_jobs()})
         requests = [entry.key for entry in self._objects.list("requests/")]
         wanted = {_request_key(listed.id) for listed in self.open_jobs()}  # after them, so that none is missed
         for key in requests:

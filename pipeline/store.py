@@ -6,7 +6,7 @@ names of its own (`publish`); one of them becomes the image (`commit`), and the 
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ def open_objects(settings: StoreSettings) -> Objects:
 def open_store(settings: StoreSettings) -> "ImageStore":
     """The images that the settings name; nothing is read or written yet. Raises StoreMisconfigured."""
     return ImageStore(open_objects(settings), _folder(settings))
+
+
+WINDOW_BITS = 20  # of an id's milliseconds below its first 7 hexadecimal digits: about 17 minutes in one listing
 
 
 class ImageStore:
@@ -138,6 +141,22 @@ class ImageStore:
         keys = [entry.key for entry in self._objects.list(_key(image_id, ""))]
         for key in sorted(keys, key=lambda key: key.endswith(RECORD)):
             self._objects.delete(key)
+
+    def sweep(self, since: float, until: float, wanted: Callable[[], Container[str]]) -> int:
+        """Erase images without a record, whose ids were made in that time (seconds since 1970); returns how many.
+
+        Whoever wrote them was lost before the record. `wanted()`: ids that still get one, asked after the listing.
+        """
+        records: dict[str, bool] = {}
+        for window in range(int(since * 1000) >> WINDOW_BITS, int(until * 1000) >> WINDOW_BITS):
+            for entry in self._objects.list(f"images/{window:07x}"):
+                _, image_id, name = entry.key.split("/")
+                records[image_id] = records.get(image_id, False) or name == RECORD
+        kept = wanted()
+        strays = [image_id for image_id, recorded in records.items() if not recorded and image_id not in kept]
+        for image_id in strays:
+            self.erase(image_id)
+        return len(strays)
 
     def record(self, image_id: str, tenant: str | None = None) -> dict[str, Any]:
         """The record of an image, of this tenant's alone where one is given; raises ImageNotFound, StoreCorrupt."""

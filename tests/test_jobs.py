@@ -264,6 +264,22 @@ def test_strays_are_swept(jobs, objects, clock):
     assert keys(objects, "idempotency/") == []
 
 
+def test_images_without_a_record_are_swept(jobs, images, objects, clock):
+    """Pictures whose service was killed before their record do not stay; an open job's, or a moment ago's, do."""
+    job_id, _ = jobs.submit(request(), "")
+    images.publish(job_id, request(), [painted()], "", 1)
+    images.save(kept := new_id(), request(), [painted()])
+    images.save(stray := new_id(), request(), [painted()])
+    objects.delete(f"images/{stray}/record.json")
+    clock.now = begun(stray) + STRAY_SECONDS - 1
+    assert jobs.sweep() == 0
+    clock.now = begun(stray) + STRAY_SECONDS + 2000  # as it goes by windows of 17 minutes
+    assert jobs.sweep() == 1
+    assert keys(objects, f"images/{stray}") == []
+    assert keys(objects, f"images/{kept}") != []
+    assert keys(objects, f"images/{job_id}") != []
+
+
 # --- records and order
 
 

@@ -1,6 +1,8 @@
 """Jobs as the ingress replicas run them, in one process: several services over one store and one board."""
 
 import asyncio
+import json
+import threading
 from contextlib import AsyncExitStack, suppress
 
 import pytest
@@ -492,5 +494,97 @@ def test_a_dead_webhook_holds_up_nobody(tmp_path):
             assert (await service.jobs.wait("", job["id"], 20))["status"] == "succeeded"
         await until(lambda: deaf.tried)
         assert deaf.tried == [f"{first['id']}-succeeded"]
+
+    run(service, test=test)
+
+
+# --- what is damaged, and who leaves
+
+
+def test_a_damaged_job_stops_nobody_else(tmp_path):
+    """A record that cannot be read, of a newer version say, is left alone; all other jobs are run."""
+    objects = MemoryObjects()
+    objects.create(f"jobs/_/{'0' * 32}.json", b'{"version": 99}')
+    service = house(tmp_path, objects=objects)
+
+    async def test():
+        view, _ = await service.jobs.submit(request(), "", None)
+        assert (await service.jobs.wait("", view["id"], 20))["status"] == "succeeded"
+        assert keys(objects, "jobs/") == [f"jobs/_/{'0' * 32}.json"]
+
+    run(service, test=test)
+
+
+def test_a_damaged_request_fails_its_job(tmp_path):
+    """Its photos are no request any more: the job ends with that, and is not handed round for ever."""
+    objects = MemoryObjects()
+    job_id, _ = JobStore(objects, ImageStore(objects), QUICK).submit(request(), "")
+    key = f"requests/{job_id}.json"
+    objects.replace(key, b'{"prompt": 1}', objects.get(key).etag)
+    service = house(tmp_path, make := Made(), objects)
+
+    async def test():
+        view = await service.jobs.wait("", job_id, 20)
+        assert (view["status"], view["error"]["code"], make.calls) == ("failed", "store_corrupt", 0)
+
+    run(service, test=test)
+
+
+def test_an_error_that_nobody_foresaw_ends_its_job(tmp_path, caplog):
+    """It is told by an id, without its own words, and no replica tries the job again."""
+
+    async def bug(_):
+        raise ZeroDivisionError("".join(("se", "cret")))  # a traceback quotes lines of code, and may
+
+    service = house(tmp_path, make := Made(bug))
+
+    async def test():
+        view, _ = await service.jobs.submit(request(), "", None)
+        view = await service.jobs.wait("", view["id"], 20)
+        assert (view["status"], view["error"]["code"], make.calls) == ("failed", "internal_error", 1)
+        assert "secret" not in str(view) + caplog.text
+
+    run(service, test=test)
+
+
+def test_a_stage_that_hangs_is_ended_by_the_deadline(tmp_path):
+    """A job's deadline holds whatever it waits for."""
+
+    async def hang(_):
+        await asyncio.Event().wait()
+
+    service = house(tmp_path, make := Made(hang))
+
+    async def test():
+        view, _ = await service.jobs.submit(request(deadline_seconds=0.3), "", None)
+        view = await service.jobs.wait("", view["id"], 20)
+        assert (view["status"], view["error"]["code"], make.stopped) == ("failed", "deadline_exceeded", 1)
+
+    run(service, test=test)
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+def test_who_leaves_while_submitting_leaves_no_job_unless_it_has_a_key(tmp_path, key):
+    """Nobody could ever ask for it; with an Idempotency-Key one can."""
+    gate = threading.Event()
+
+    class Slow(MemoryObjects):
+        def _write(self, name, data, expected):
+            if name.startswith("requests/"):
+                gate.wait(20)
+            return super()._write(name, data, expected)
+
+    service = house(tmp_path, objects=Slow())
+
+    async def test():
+        submitting = asyncio.ensure_future(service.jobs.submit(request(), "", key))
+        await asyncio.sleep(0)
+        submitting.cancel()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        await until(lambda: not keys(service.objects, "jobs/"))
+        (name,) = [name for name in keys(service.objects, "images/") if name.endswith("record.json")]
+        assert json.loads(service.objects.get(name).data)["status"] == ("cancelled" if key is None else "succeeded")
 
     run(service, test=test)
