@@ -1,5 +1,6 @@
 """Stages that give records of true sizes and compute nothing, or take a known time; what is left is the serving."""
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ class _Stage:
 
 class NoFaces(_Stage):
     """One face for each photo."""
+
+    def purge(self) -> None:
+        """Nothing is kept."""
 
     def detect(self, person: Person, index: int, tenant: str = "", cancelled: Any = None) -> Faces:  # noqa: ARG002
         """See pipeline.faces.FaceDetector."""
@@ -93,12 +97,25 @@ class NoDenoise(_Stage):
     def purge(self) -> None:
         """Nothing is kept that could be."""
 
+    def check(self) -> None:
+        """It is alone, and never out of step."""
+
+    def compiler_idle_seconds(self) -> float:
+        """Nothing is ever compiled."""
+        return math.inf
+
     def denoise(
-        self, request: Request, number: int, text: Text, negative: Text | None, *identities: Identity
+        self,
+        request: Request,
+        number: int,
+        text: Text,
+        negative: Text | None,
+        *identities: Identity,
+        expires: float | None = None,
     ) -> Picture:
         """See pipeline.denoise.FluxDenoiser."""
         work = Work(request, number, text, negative, identities)
-        picture: Picture = draw(Engine(self, Curves(), max_jobs=1), work)
+        picture: Picture = draw(Engine(self, Curves(), max_jobs=1), work, expires=expires)
         return picture
 
     def shape(self, work: Work) -> Shape:  # noqa: ARG002
@@ -132,19 +149,26 @@ class NoDenoise(_Stage):
 
     def finish(self, drawing: Begun) -> Picture:
         """The same bytes for everybody."""
-        work, request = drawing.work, drawing.work.request
+        work = drawing.work
         seconds = {"queue": drawing.began - work.accepted, "denoise": time.perf_counter() - drawing.began}
-        return Picture(
-            data=self._data,
-            media_type="image/png",
-            width=request.width,
-            height=request.height,
-            seed=work.seed,
-            steps=request.num_steps,
-            prompt_truncated=False,
-            faces=tuple(identity.boxes for identity in work.identities),
-            trace=total([*(identity.trace for identity in work.identities), work.text.trace, Trace(seconds)]),
-        )
+        traces = [*(identity.trace for identity in work.identities), work.text.trace, Trace(seconds)]
+        return finished(work, self._data, total(traces))
+
+
+def finished(work: Work, data: bytes, trace: Trace) -> Picture:
+    """A picture that is said to be a PNG of these bytes."""
+    request = work.request
+    return Picture(
+        data=data,
+        media_type="image/png",
+        width=request.width,
+        height=request.height,
+        seed=work.seed,
+        steps=request.num_steps,
+        prompt_truncated=False,
+        faces=tuple(identity.boxes for identity in work.identities),
+        trace=trace,
+    )
 
 
 class TimedDenoise(NoDenoise):

@@ -1,13 +1,12 @@
 """Stages for the soak: nearly no work, and pictures whose bytes say for whom they were made."""
 
 import hashlib
-import math
 import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.noop import Begun, NoDenoise, NoFaces, NoIdentity, NoText
+from bench.noop import Begun, NoDenoise, NoFaces, NoIdentity, NoText, finished
 from pipeline.picture import Picture
 from pipeline.text import Text
 from pipeline.trace import Trace
@@ -25,13 +24,6 @@ def pixels(prompt: str, seed: int) -> bytes:
     return digest * (PICTURE_BYTES // len(digest))
 
 
-class SoakFaces(NoFaces):
-    """One face for each photo."""
-
-    def purge(self) -> None:
-        """Nothing is kept."""
-
-
 class SoakText(NoText):
     """A text that says nothing, in as few tokens as the denoiser takes."""
 
@@ -45,39 +37,18 @@ class SoakDenoise(NoDenoise):
 
     seconds = STEP_SECONDS
 
-    def check(self) -> None:
-        """It is alone, and never out of step."""
-
-    def compiler_idle_seconds(self) -> float:
-        """Nothing is ever compiled."""
-        return math.inf
-
-    def relieve(self, error: Exception) -> bool:  # noqa: ARG002
-        """There is always room."""
-        return False
-
     def advance(self, drawings: Any) -> None:  # noqa: ARG002
         """See pipeline.engine.Painter."""
         threading.Event().wait(self.seconds)
 
     def finish(self, drawing: Begun) -> Picture:
         """Bytes that follow from prompt and seed."""
-        work, request = drawing.work, drawing.work.request
-        return Picture(
-            data=pixels(request.prompt, work.seed),
-            media_type="image/png",
-            width=request.width,
-            height=request.height,
-            seed=work.seed,
-            steps=request.num_steps,
-            prompt_truncated=False,
-            faces=tuple(identity.boxes for identity in work.identities),
-            trace=Trace({"queue": 0.0, "denoise": 0.0}),
-        )
+        work = drawing.work
+        return finished(work, pixels(work.request.prompt, work.seed), Trace({"queue": 0.0, "denoise": 0.0}))
 
 
 def soak_parts() -> "Parts":
     """The stages above."""
     from deployments.app import Parts
 
-    return Parts(SoakFaces, NoIdentity, SoakText, SoakDenoise)
+    return Parts(NoFaces, NoIdentity, SoakText, SoakDenoise)

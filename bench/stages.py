@@ -31,7 +31,7 @@ from cluster.local import free_port, running
 from pipeline import flow
 from pipeline.request import Request
 from pipeline.settings import Settings
-from pipeline.store import Store, open_store
+from pipeline.store import ImageStore, open_store
 
 STAGES = ("faces", "identity", "text", "denoise", "store")
 BODY = {"prompt": "portrait of an astronaut", "width": 512, "height": 512, "num_steps": 8, "seed": 1}
@@ -87,7 +87,7 @@ def measure(settings: Settings, runs: int) -> dict[str, Any]:
     return summary(made[2:])
 
 
-def in_process(request: Request, stages: flow.Stages, store: Store) -> Made:
+def in_process(request: Request, stages: flow.Stages, store: ImageStore) -> Made:
     """One picture without HTTP and Ray."""
     started = time.perf_counter()
     stored = flow.generate(request, stages, store)

@@ -15,7 +15,7 @@ from pipeline.identities import open_identities
 from pipeline.jobs import new_id
 from pipeline.request import Request
 from pipeline.settings import Settings
-from pipeline.store import Store, Stored
+from pipeline.store import ImageStore, Stored
 
 if TYPE_CHECKING:
     from pipeline.face_models import FaceModels
@@ -91,7 +91,7 @@ def stored_people(request: Request, stored: Callable[[str, str], Any], tenant: s
     return found
 
 
-def generate(request: Request, stages: Stages, store: Store) -> Stored:
+def generate(request: Request, stages: Stages, store: ImageStore) -> Stored:
     """A request becomes stored pictures, in this process: the reference for the deployments."""
     request, seconds = request.with_seed(), request.deadline_seconds
     expires = None if seconds is None else time.time() + seconds

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from pipeline.errors import IdentityNotFound, IdentityOutdated, InvalidRequest, StoreCorrupt
 from pipeline.faces import FaceBox, Faces
 from pipeline.identity import Identity
-from pipeline.jobs import NO_TENANT, begun, moment
-from pipeline.objects import Objects
+from pipeline.jobs import begun, moment
+from pipeline.objects import Objects, tenant_folder
 from pipeline.photos import from_base64
 from pipeline.request import NewIdentity
 from pipeline.settings import IdentitySettings, Settings
@@ -37,7 +37,7 @@ from pipeline.weights import locate
 
 log = logging.getLogger(__name__)
 VERSION = 1
-PREFIX = "identities/"
+KIND = "identities"
 ID_DIGITS = 32
 ID = re.compile(rf"[0-9a-f]{{{ID_DIGITS}}}")
 ROLES = ("detector", "recogniser", "retinaface", "parsing", "eva_clip", "pulid")  # whose files make an identity
@@ -163,7 +163,7 @@ class IdentityStore:
 
     def _all(self) -> Iterator[tuple[str, list[str]]]:
         """The objects of each identity, by their common beginning."""
-        keys = (entry.key for entry in self._objects.list(PREFIX))
+        keys = (entry.key for entry in self._objects.list(f"{KIND}/"))
         for path, group in groupby(keys, lambda key: key[: key.rindex("/") + 1 + ID_DIGITS]):
             if ID.fullmatch(path.rpartition("/")[2]):
                 yield path, list(group)
@@ -229,7 +229,7 @@ def not_found() -> IdentityNotFound:
 
 def _path(tenant: str, identity_id: str | None = None) -> str:
     """What the keys of a tenant's identities begin with, or those of one; raises IdentityNotFound."""
-    folder = f"{PREFIX}{tenant or NO_TENANT}/"
+    folder = tenant_folder(KIND, tenant)
     if identity_id is not None and ID.fullmatch(identity_id) is None:
         raise not_found()
     return folder if identity_id is None else folder + identity_id

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import IdempotencyConflict, ImageNotFound, StoreConflict, StoreCorrupt, StoreUnavailable
-from pipeline.jobs import ENDS, NO_TENANT, Hook, Job, State, begun, job_key, moment, moments, named, new_id
-from pipeline.objects import Objects
+from pipeline.jobs import ENDS, Hook, Job, State, begun, job_key, moment, moments, named, new_id
+from pipeline.objects import Objects, tenant_folder
 from pipeline.request import Request
 from pipeline.settings import JobSettings
 from pipeline.store import ImageStore
@@ -70,7 +70,8 @@ class JobStore:
         """
         job_id, replay, replayed = new_id(), None, False
         if idempotency_key is not None:
-            replay = f"idempotency/{tenant or NO_TENANT}/{hashlib.sha256(idempotency_key.encode()).hexdigest()}.json"
+            hashed = hashlib.sha256(idempotency_key.encode()).hexdigest()
+            replay = f"{tenant_folder('idempotency', tenant)}{hashed}.json"
             first = self._first_use(replay, job_id, _fingerprint(request))
             job_id, replayed = first, first != job_id
             if replayed and self._known(tenant, job_id):

@@ -21,10 +21,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pipeline.errors import StoreCorrupt
+from pipeline.objects import NO_TENANT, tenant_folder
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "erased"]
 ENDS = ("succeeded", "failed", "cancelled", "erased")
-NO_TENANT = "_"  # in keys, for the tenant "", whom no key names
 VERSION = 1
 KEY = re.compile(r"jobs/(_|[a-z0-9][a-z0-9-]{0,31})/([0-9a-f]{32})\.json")
 
@@ -115,7 +115,7 @@ def begun(job_id: str) -> float:
 
 def job_key(tenant: str, job_id: str) -> str:
     """Where a tenant's job is kept."""
-    return f"jobs/{tenant or NO_TENANT}/{job_id}.json"
+    return f"{tenant_folder('jobs', tenant)}{job_id}.json"
 
 
 def named(key: str) -> tuple[str, str] | None:

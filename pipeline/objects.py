@@ -16,6 +16,7 @@ from typing import Protocol
 from pipeline.errors import StoreConflict
 
 JSON = "application/json"
+NO_TENANT = "_"  # in keys, for the tenant "", whom no API key names
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 
@@ -109,3 +110,8 @@ def _refused(write: Callable[[], str]) -> bool:
     except StoreConflict:
         return True
     return False
+
+
+def tenant_folder(kind: str, tenant: str) -> str:
+    """What the keys of a tenant's objects of a kind begin with: jobs, identities, files."""
+    return f"{kind}/{tenant or NO_TENANT}/"

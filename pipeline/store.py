@@ -21,7 +21,6 @@ from pipeline.settings import StoreSettings
 from pipeline.stored import (
     RECORD,
     Content,
-    Store,
     Stored,
     checked_id,
     conflict,
@@ -33,7 +32,7 @@ from pipeline.stored import (
     to_json,
 )
 
-__all__ = ["Content", "ImageStore", "Store", "Stored", "open_objects", "open_store"]
+__all__ = ["Content", "ImageStore", "Stored", "open_objects", "open_store"]
 
 
 def open_objects(settings: StoreSettings) -> Objects:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import ImageNotFound, StoreConflict, StoreCorrupt
@@ -34,7 +34,7 @@ class Stored:
     urls: the store's own addresses of the pictures, in order; none where it has none. From a folder they are file://
     addresses; from S3 they are presigned links, which anybody who has one can open until it expires. The HTTP layer's
     own addresses (/v1/images/{id}/{n}) do not expire and follow from `id`.
-    record: what `Store.record(id)` answers from now on, as JSON values.
+    record: what `ImageStore.record(id)` answers from now on, as JSON values.
     """
 
     id: str
@@ -54,32 +54,6 @@ class Content:
     media_type: str
     data: bytes | None = None
     link: str | None = None
-
-
-class Store(Protocol):
-    """Keeps pictures and records. Every method blocks, and may be called from several threads."""
-
-    def check(self) -> None:
-        """Find out, at start, whether the store can be written and read; raises StoreError."""
-
-    def save(
-        self,
-        image_id: str,
-        request: Request,
-        pictures: Sequence[Picture],
-        tenant: str = "",
-        attempt: int | None = None,
-    ) -> Stored:
-        """Write every picture, then the record; raises StoreError, StoreConflict where the id has a record."""
-
-    def record(self, image_id: str, tenant: str | None = None) -> Mapping[str, Any]:
-        """The record of an image (see `describe`), of this tenant's alone where one is given.
-
-        Raises ImageNotFound, StoreError.
-        """
-
-    def content(self, image_id: str, number: int, tenant: str | None = None) -> Content:
-        """Picture `number` of an image; raises as `record` does."""
 
 
 def checked_id(image_id: str) -> str:

@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.errors import ImageNotFound, PhotoTooLarge, PhotoTypeUnsupported, StoreCorrupt
-from pipeline.jobs import NO_TENANT, begun, moment, new_id
-from pipeline.objects import Objects
+from pipeline.jobs import begun, moment, new_id
+from pipeline.objects import Objects, tenant_folder
 from pipeline.photos import media_type
 
 VERSION = 1
-PREFIX = "files/"
+KIND = "files"
 ID = re.compile(r"[0-9a-f]{32}")
-KEY = re.compile(rf"{PREFIX}[^/]+/([0-9a-f]{{32}})\.(?:json|photo)")
+KEY = re.compile(rf"{KIND}/[^/]+/([0-9a-f]{{32}})\.(?:json|photo)")
 SECONDS = 86_400.0  # for which a file is kept
 READS = 16  # records read at a time
 
@@ -102,7 +102,7 @@ class UploadStore:
     def sweep(self) -> int:
         """Erase what is too old, of all tenants; returns how many objects. An id tells how old it is."""
         erased = 0
-        for entry in self._objects.list(PREFIX):
+        for entry in self._objects.list(f"{KIND}/"):
             named = KEY.fullmatch(entry.key)
             if named is not None and begun(named[1]) + SECONDS < self._clock():
                 self._objects.delete(entry.key)
@@ -128,7 +128,7 @@ def not_found() -> ImageNotFound:
 
 def _path(tenant: str, file_id: str | None = None) -> str:
     """What the keys of a tenant's files begin with, or those of one; raises ImageNotFound."""
-    folder = f"{PREFIX}{tenant or NO_TENANT}/"
+    folder = tenant_folder(KIND, tenant)
     if file_id is not None and ID.fullmatch(file_id) is None:
         raise not_found()
     return folder if file_id is None else folder + file_id

@@ -49,6 +49,19 @@ def untrained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def s3_endpoint():
+    """An S3 server of our own, and credentials for it in the environment."""
+    from tests import s3
+
+    with pytest.MonkeyPatch.context() as environment, s3.s3_server() as endpoint:
+        for name, value in s3.CREDENTIALS.items():
+            environment.setenv(name, value)
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            environment.delenv(name, raising=False)
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
 def ray_here():
     """A Ray of our own in this process, with four CPUs."""
     with _own_ray() as folder:

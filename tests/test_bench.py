@@ -14,7 +14,12 @@ from bench import load, plots, results
 from bench.__main__ import TITLES, main
 from bench.load_report import Sample, percentile, report, service_seconds, table
 from bench.measure import Noise, Part, Result, at_least, at_most, compared, exactly
+from bench.noop import no_ops, timed
 from bench.registry import has_gpu
+from bench.soak_stages import soak_parts
+from pipeline.request import Request
+from pipeline.settings import Settings
+from tests.fakes import A_FACE
 
 RUN = {"date": "2026-01-02", "command": "python -m bench", "load": 0.5}
 NOISE = Noise(1.0, 0.9, 1.1)
@@ -239,3 +244,23 @@ def test_plots_show_what_was_measured(tmp_path):
     assert list(drawn) == [plots.LEVELS]
     assert {path.name for path in tmp_path.iterdir()} == {plots.LOAD, plots.LEVELS}
     assert plots.draw({}, tmp_path) == {}
+
+
+def test_the_no_ops_are_stages_like_the_real_ones(tmp_path):
+    """B10, B12 and the soak measure the application itself: replicas of these stages draw, and are healthy."""
+    from deployments.denoiser import FluxDenoiser  # Ray, which reads its environment when it is imported
+    from deployments.stages import FaceDetector, IdentityEncoder, TextEncoder
+
+    settings = Settings(weights_dir=tmp_path)
+    wanted = Request(prompt="portrait", num_steps=2, people=[{"photos": [A_FACE]}])
+
+    async def go(parts):
+        faces, identity = FaceDetector(settings, parts.faces), IdentityEncoder(settings, parts.identity)
+        text, denoiser = TextEncoder(settings, parts.text), FluxDenoiser(settings, parts.denoise)
+        found = await identity.encode(await faces.detect(wanted.people[0], 0), "mean")
+        picture = await denoiser.denoise(wanted.with_seed(), 0, await text.encode("portrait", 128), None, found)
+        for replica in (faces, identity, text, denoiser):
+            replica.check_health()
+        return picture.steps
+
+    assert [asyncio.run(go(parts)) for parts in (no_ops(), timed(), soak_parts())] == [2, 2, 2]

@@ -15,35 +15,19 @@ from pipeline.errors import StoreConflict, StoreCorrupt, StoreMisconfigured, Sto
 from pipeline.objects_local import LocalObjects
 from pipeline.objects_s3 import S3Objects
 from tests import s3
-from tests.s3 import CREDENTIALS, failing, refuses, s3_settings
+from tests.s3 import failing, refuses, s3_settings
 
 KEYS = (f"tests/{number}.json" for number in count())
 MANY = 16
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3.s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _credentials():
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in CREDENTIALS.items():
-            environment.setenv(name, value)
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-            environment.delenv(name, raising=False)
-        yield
-
-
 @pytest.fixture(params=["folder", "s3"], scope="module")
-def objects(request, tmp_path_factory, server):
+def objects(request, tmp_path_factory, s3_endpoint):
     if request.param == "folder":
         yield LocalObjects(tmp_path_factory.mktemp("objects"))
     else:
-        with failing(server, otherwise=s3.one_at_a_time()) as proxy:
+        with failing(s3_endpoint, otherwise=s3.one_at_a_time()) as proxy:
             yield S3Objects(s3_settings(proxy.endpoint))
 
 
@@ -53,9 +37,9 @@ def key():
 
 
 @contextmanager
-def behind(server, *faults, otherwise=s3.passes, **changes):
+def behind(s3_endpoint, *faults, otherwise=s3.passes, **changes):
     """S3 whose first calls meet faults."""
-    with failing(server, *faults, otherwise=otherwise) as proxy:
+    with failing(s3_endpoint, *faults, otherwise=otherwise) as proxy:
         yield S3Objects(s3_settings(proxy.endpoint, **changes)), proxy
 
 
@@ -262,45 +246,45 @@ def test_the_version_in_a_folder_is_the_sha256(tmp_path, key):
     assert LocalObjects(tmp_path).create(key, b"one") == hashlib.sha256(b"one").hexdigest()
 
 
-def test_a_lost_answer_is_no_conflict(server, key):
+def test_a_lost_answer_is_no_conflict(s3_endpoint, key):
     """The write arrived, its answer did not, and the retry meets it: it is our own."""
-    with behind(server, s3.loses_the_answer) as (objects, _):
+    with behind(s3_endpoint, s3.loses_the_answer) as (objects, _):
         etag = objects.create(key, b"one")
-    with behind(server, s3.loses_the_answer) as (objects, proxy):
+    with behind(s3_endpoint, s3.loses_the_answer) as (objects, proxy):
         assert objects.replace(key, b"two", etag) == objects.get(key).etag
         assert [method for method, _ in proxy.calls] == ["PUT", "PUT", "GET", "GET"]
 
 
-def test_when_every_answer_is_lost_the_same_call_finds_its_write(server, key):
+def test_when_every_answer_is_lost_the_same_call_finds_its_write(s3_endpoint, key):
     """After all tries the write is unavailable; made again by its caller, it is found to be there."""
-    with behind(server, s3.loses_the_answer, s3.loses_the_answer) as (objects, _):
+    with behind(s3_endpoint, s3.loses_the_answer, s3.loses_the_answer) as (objects, _):
         with pytest.raises(StoreUnavailable):
             objects.create(key, b"one")
         etag = objects.create(key, b"one")
-    with behind(server, s3.loses_the_answer, s3.loses_the_answer) as (objects, _):
+    with behind(s3_endpoint, s3.loses_the_answer, s3.loses_the_answer) as (objects, _):
         with pytest.raises(StoreUnavailable):
             objects.replace(key, b"two", etag)
         assert objects.replace(key, b"two", etag) == objects.get(key).etag
 
 
 @pytest.mark.parametrize("what", ["create", "replace"])
-def test_a_lost_answer_hides_no_other_writer(server, key, what):
+def test_a_lost_answer_hides_no_other_writer(s3_endpoint, key, what):
     """A try that did not arrive, and another writer before the next: that is a conflict, and the other's bytes stay."""
-    other = S3Objects(s3_settings(server))
+    other = S3Objects(s3_settings(s3_endpoint))
     etag = other.create(key, b"first") if what == "replace" else None
 
     def another_was_first(_):
         other.create(key, b"other") if etag is None else other.replace(key, b"other", etag)
 
-    with behind(server, another_was_first) as (objects, _), pytest.raises(StoreConflict):
+    with behind(s3_endpoint, another_was_first) as (objects, _), pytest.raises(StoreConflict):
         objects.create(key, b"mine") if etag is None else objects.replace(key, b"mine", etag)
     assert other.get(key).data == b"other"
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_an_undecided_replacement_is_tried_again(server, key, times):
+def test_an_undecided_replacement_is_tried_again(s3_endpoint, key, times):
     """409 on a conditional write: once is not seen, more than the attempts is `unavailable`, and nothing is written."""
-    with behind(server, s3.passes, *[refuses(409, "ConditionalRequestConflict")] * times) as (objects, _):
+    with behind(s3_endpoint, s3.passes, *[refuses(409, "ConditionalRequestConflict")] * times) as (objects, _):
         etag = objects.create(key, b"one")
         if times == 1:
             assert objects.replace(key, b"two", etag) == objects.get(key).etag
@@ -328,17 +312,17 @@ LACKING = {
 
 
 @pytest.mark.parametrize("lacks", LACKING)
-def test_a_server_without_conditional_writes_is_refused(server, lacks):
+def test_a_server_without_conditional_writes_is_refused(s3_endpoint, lacks):
     """The check at start refuses a server that does not decide between writers, and leaves nothing behind."""
-    with behind(server, otherwise=LACKING[lacks]) as (objects, _):
+    with behind(s3_endpoint, otherwise=LACKING[lacks]) as (objects, _):
         with pytest.raises(StoreMisconfigured, match="lacks conditional writes"):
             objects.check()
         assert listed(objects, "check/") == []
 
 
-def test_long_lists_come_in_pages(server, monkeypatch):
+def test_long_lists_come_in_pages(s3_endpoint, monkeypatch):
     """A listing goes on where S3 breaks it off, in order, each entry with the version to replace."""
-    with behind(server) as (objects, proxy):
+    with behind(s3_endpoint) as (objects, proxy):
         written = {f"pages/{number:02}": objects.create(f"pages/{number:02}", b"%d" % number) for number in range(10)}
         monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # a page of AWS has a thousand
         del proxy.calls[:]
@@ -358,7 +342,7 @@ def test_long_lists_come_in_pages(server, monkeypatch):
         ({"encryption": "aws:kms", "kms_key": "alias/mine"}, ("aws:kms", "alias/mine")),
     ],
 )
-def test_every_write_asks_for_encryption(server, key, changes, sent):
+def test_every_write_asks_for_encryption(s3_endpoint, key, changes, sent):
     """Creating and replacing ask S3 to encrypt as the settings say, and for nothing where they say nothing."""
     seen = []
 
@@ -369,21 +353,21 @@ def test_every_write_asks_for_encryption(server, key, changes, sent):
             seen.append((headers.get(name), headers.get(f"{name}-aws-kms-key-id")))
         s3.passes(call)
 
-    with behind(server, otherwise=notes, **changes) as (objects, _):
+    with behind(s3_endpoint, otherwise=notes, **changes) as (objects, _):
         objects.replace(key, b"two", objects.create(key, b"one"))
     assert seen == [sent, sent]
 
 
-def test_a_key_that_kms_cannot_use_is_told(server, key):
+def test_a_key_that_kms_cannot_use_is_told(s3_endpoint, key):
     """An error of KMS is the operator's, with the setting's name."""
     disabled = refuses(400, "KMS.DisabledException")
-    with behind(server, disabled) as (objects, _), pytest.raises(StoreMisconfigured, match="PULID_STORE__KMS_KEY"):
+    with behind(s3_endpoint, disabled) as (objects, _), pytest.raises(StoreMisconfigured, match="PULID_STORE__KMS_KEY"):
         objects.create(key, b"one")
 
 
-def test_who_writes_next_is_not_taken_for_damage(server, key):
+def test_who_writes_next_is_not_taken_for_damage(s3_endpoint, key):
     """Where S3 tells no checksum it is asked; an answer about the next writer's object is none about ours."""
-    other = S3Objects(s3_settings(server))
+    other = S3Objects(s3_settings(s3_endpoint))
 
     def overwritten_at_once(call):
         status, headers, body = call.upstream()
@@ -397,14 +381,14 @@ def test_who_writes_next_is_not_taken_for_damage(server, key):
 
     for fault in (overwritten_at_once, deleted_at_once):
         other.delete(key)
-        with behind(server, fault) as (objects, proxy):
+        with behind(s3_endpoint, fault) as (objects, proxy):
             objects.create(key, b"one")
             assert [method for method, _ in proxy.calls] == ["PUT", "HEAD"]
 
 
-def test_a_damaged_object_is_not_handed_out(server, key):
+def test_a_damaged_object_is_not_handed_out(s3_endpoint, key):
     """Bytes that do not fit the checksum which S3 keeps are `corrupt`."""
-    with behind(server, s3.passes, s3.damages_the_answer) as (objects, _):
+    with behind(s3_endpoint, s3.passes, s3.damages_the_answer) as (objects, _):
         objects.create(key, b"one")
         with pytest.raises(StoreCorrupt):
             objects.get(key)

@@ -55,31 +55,15 @@ def picture(seed: int, data: bytes = b"") -> Picture:
 PICTURES = (picture(7), picture(8))
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3.s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _credentials():
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in CREDENTIALS.items():
-            environment.setenv(name, value)
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-            environment.delenv(name, raising=False)
-        yield
-
-
 def folder(path: Path):
     return open_store(StoreSettings(url=f"file://{path}"))
 
 
 @pytest.fixture(params=["folder", "s3"], scope="module")
-def store(request, tmp_path_factory, server):
+def store(request, tmp_path_factory, s3_endpoint):
     if request.param == "folder":
         return folder(tmp_path_factory.mktemp("pictures"))
-    return open_store(s3_settings(server))
+    return open_store(s3_settings(s3_endpoint))
 
 
 @pytest.fixture
@@ -200,16 +184,16 @@ def test_of_two_savers_of_one_id_one_wins(tmp_path, image_id):
     assert [store.record(image_id)] == records
 
 
-def test_another_saver_may_win_until_the_last_moment(server, image_id):
+def test_another_saver_may_win_until_the_last_moment(s3_endpoint, image_id):
     """A record that appears in S3 between our pictures and our record is not overwritten."""
 
-    other = open_store(s3_settings(server))
+    other = open_store(s3_settings(s3_endpoint))
 
     def another_was_first(call):
         other.save(image_id, request(guidance_scale=2.0), PICTURES)
         s3.passes(call)
 
-    with failing(server, s3.passes, s3.passes, another_was_first) as proxy, pytest.raises(StoreConflict):
+    with failing(s3_endpoint, s3.passes, s3.passes, another_was_first) as proxy, pytest.raises(StoreConflict):
         open_store(s3_settings(proxy.endpoint)).save(image_id, request(), PICTURES)
     assert other.record(image_id)["request"]["guidance_scale"] == 2.0
 
@@ -280,17 +264,17 @@ def test_a_damaged_record_is_found_out(tmp_path, damage, image_id):
         store.content(image_id, 0)
 
 
-def test_keys_hold_the_prefix_and_the_id_only(server, image_id):
+def test_keys_hold_the_prefix_and_the_id_only(s3_endpoint, image_id):
     """In S3 the keys follow the layout below the prefix, pictures are sent before the record, and no text leaks."""
-    with failing(server) as proxy:
+    with failing(s3_endpoint) as proxy:
         open_store(s3_settings(proxy.endpoint, url=f"s3://{s3.BUCKET}/a/b/")).save(image_id, request(), PICTURES)
     base = f"/{s3.BUCKET}/a/b/images/{image_id}"
     assert proxy.calls == [("PUT", f"{base}/{name}") for name in ("0.png", "1.png", "record.json")]
 
 
-def test_a_link_downloads_and_names_its_end(server, image_id):
+def test_a_link_downloads_and_names_its_end(s3_endpoint, image_id):
     """A presigned link gives the bytes with a fixed type as an attachment; it is signed for its lifetime."""
-    store = open_store(s3_settings(server, link_seconds=77))
+    store = open_store(s3_settings(s3_endpoint, link_seconds=77))
     stored = store.save(image_id, request(), PICTURES)
     answer = httpx.get(stored.urls[1])
     assert answer.content == PICTURES[1].data
@@ -306,9 +290,9 @@ def test_a_link_downloads_and_names_its_end(server, image_id):
 @pytest.mark.parametrize(
     ("path_style", "host", "start"), [(True, "localhost", "/pictures/"), (False, "pictures.localhost", "/some/")]
 )
-def test_path_style_puts_the_bucket_into_the_path(server, path_style, host, start, image_id):
+def test_path_style_puts_the_bucket_into_the_path(s3_endpoint, path_style, host, start, image_id):
     """With path_style the bucket is in the path; else boto3 puts it into the host's name where it can."""
-    endpoint = server.replace("127.0.0.1", "localhost")
+    endpoint = s3_endpoint.replace("127.0.0.1", "localhost")
     objects = open_objects(s3_settings(endpoint, path_style=path_style))
     link = urlsplit(objects.link(f"images/{image_id}/0.png", "image/png", "0.png"))
     assert link.hostname == host
@@ -331,11 +315,11 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_every_refusal_says_what_to_do(server, code, caplog):
+def test_every_refusal_says_what_to_do(s3_endpoint, code, caplog):
     """What S3 refuses is the operator's error, in a sentence without keys; nothing is logged with them either."""
     status, words = REFUSALS[code]
     caplog.set_level(logging.INFO)
-    with failing(server, *[refuses(status, code)] * 3) as proxy:
+    with failing(s3_endpoint, *[refuses(status, code)] * 3) as proxy:
         store = open_store(s3_settings(proxy.endpoint))
         for way in ("check", "save", "record"):
             with pytest.raises(StoreMisconfigured, match=words) as caught:
@@ -348,30 +332,30 @@ def test_every_refusal_says_what_to_do(server, code, caplog):
             store.record(UNKNOWN)
 
 
-def test_unknown_credentials_and_missing_rights(server, monkeypatch):
+def test_unknown_credentials_and_missing_rights(s3_endpoint, monkeypatch):
     """A server that looks at credentials refuses unknown ones, and known ones without rights, at the check."""
-    with s3.access_checked(server), pytest.raises(StoreMisconfigured, match="does not accept the credentials"):
-        open_store(s3_settings(server)).check()
-    for name, value in s3.user_without_rights(server).items():
+    with s3.access_checked(s3_endpoint), pytest.raises(StoreMisconfigured, match="does not accept the credentials"):
+        open_store(s3_settings(s3_endpoint)).check()
+    for name, value in s3.user_without_rights(s3_endpoint).items():
         monkeypatch.setenv(name, value)
-    with s3.access_checked(server), pytest.raises(StoreMisconfigured, match="denies access to bucket pictures"):
-        open_store(s3_settings(server)).check()
+    with s3.access_checked(s3_endpoint), pytest.raises(StoreMisconfigured, match="denies access to bucket pictures"):
+        open_store(s3_settings(s3_endpoint)).check()
 
 
-def test_no_credentials_at_all(server, monkeypatch):
+def test_no_credentials_at_all(s3_endpoint, monkeypatch):
     """Without credentials the message names the variables to set."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    store = open_store(s3_settings(server))
+    store = open_store(s3_settings(s3_endpoint))
     for way in ("check", "save", "content"):
         with pytest.raises(StoreMisconfigured, match="AWS_ACCESS_KEY_ID"):
             use(store, way)
 
 
 @pytest.mark.parametrize("way", ["check", "save", "record"])
-def test_a_missing_bucket_is_named(server, way):
+def test_a_missing_bucket_is_named(s3_endpoint, way):
     """A bucket that does not exist is the operator's error, never `image not found`."""
-    store = open_store(s3_settings(server, url="s3://no-such-bucket/x"))
+    store = open_store(s3_settings(s3_endpoint, url="s3://no-such-bucket/x"))
     with pytest.raises(StoreMisconfigured, match="no bucket no-such-bucket"):
         use(store, way)
 
@@ -380,10 +364,10 @@ def test_a_missing_bucket_is_named(server, way):
     "changes",
     [{"endpoint_url": "nowhere"}, {"url": "s3:///prefix"}, {"url": "s3://Not_A_Bucket!/x"}, {"region": "not a region"}],
 )
-def test_impossible_settings_are_refused(server, changes):
+def test_impossible_settings_are_refused(s3_endpoint, changes):
     """An address, bucket or region that cannot be is told as such."""
     with pytest.raises(StoreMisconfigured):
-        open_store(s3_settings(server, **changes)).check()
+        open_store(s3_settings(s3_endpoint, **changes)).check()
 
 
 def test_a_server_that_is_down():
@@ -396,45 +380,45 @@ def test_a_server_that_is_down():
                 use(store, way)
 
 
-def test_a_server_that_does_not_answer(server, image_id):
+def test_a_server_that_does_not_answer(s3_endpoint, image_id):
     """A server that takes a call and says nothing is given up after read_seconds, each attempt anew."""
-    with failing(server, s3.stalls, s3.stalls) as proxy:
+    with failing(s3_endpoint, s3.stalls, s3.stalls) as proxy:
         with pytest.raises(StoreUnavailable):
             open_store(s3_settings(proxy.endpoint, read_seconds=0.1)).record(image_id)
         assert len(proxy.calls) == 2
 
 
 @pytest.mark.parametrize("fault", [s3.slow_down, refuses(500, "InternalError"), s3.loses_the_answer])
-def test_a_passing_failure_is_retried(server, fault, image_id):
+def test_a_passing_failure_is_retried(s3_endpoint, fault, image_id):
     """One 503, 500 or broken connection is not seen by the caller."""
-    with failing(server, fault) as proxy:
+    with failing(s3_endpoint, fault) as proxy:
         store = open_store(s3_settings(proxy.endpoint))
         store.save(image_id, request(), PICTURES)
         assert proxy.calls[0] == proxy.calls[1]
         assert bytes_of(store.content(image_id, 0)) == PICTURES[0].data
 
 
-def test_a_lasting_failure_is_told(server, image_id):
+def test_a_lasting_failure_is_told(s3_endpoint, image_id):
     """A server that keeps asking to slow down is `unavailable`, after the set number of attempts."""
-    with failing(server, s3.slow_down, s3.slow_down) as proxy:
+    with failing(s3_endpoint, s3.slow_down, s3.slow_down) as proxy:
         with pytest.raises(StoreUnavailable):
             open_store(s3_settings(proxy.endpoint)).record(image_id)
         assert len(proxy.calls) == 2
 
 
-def test_a_record_whose_answer_is_lost_is_not_a_conflict(server, image_id):
+def test_a_record_whose_answer_is_lost_is_not_a_conflict(s3_endpoint, image_id):
     """The record arrived, its answer did not, and the retry meets it: that is our own record, not another's."""
-    with failing(server, s3.passes, s3.passes, s3.loses_the_answer) as proxy:
+    with failing(s3_endpoint, s3.passes, s3.passes, s3.loses_the_answer) as proxy:
         store = open_store(s3_settings(proxy.endpoint))
         stored = store.save(image_id, request(), PICTURES)
         assert store.record(image_id) == stored.record
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_an_undecided_write_is_tried_again(server, times, image_id):
+def test_an_undecided_write_is_tried_again(s3_endpoint, times, image_id):
     """409 on a conditional write means try again: once is not seen, more than the attempts is `unavailable`."""
     undecided = [refuses(409, "ConditionalRequestConflict")] * times
-    with failing(server, s3.passes, s3.passes, *undecided) as proxy:
+    with failing(s3_endpoint, s3.passes, s3.passes, *undecided) as proxy:
         store = open_store(s3_settings(proxy.endpoint))
         if times == 1:
             store.save(image_id, request(), PICTURES)
@@ -444,9 +428,9 @@ def test_an_undecided_write_is_tried_again(server, times, image_id):
 
 
 @pytest.mark.parametrize("fault", [s3.stores_other_bytes, refuses(400, "BadDigest")])
-def test_a_wrong_checksum_of_a_picture_leaves_no_record(server, fault, image_id):
+def test_a_wrong_checksum_of_a_picture_leaves_no_record(s3_endpoint, fault, image_id):
     """When S3 does not hold what was sent, nothing is recorded."""
-    with failing(server, s3.passes, fault) as proxy:
+    with failing(s3_endpoint, s3.passes, fault) as proxy:
         store = open_store(s3_settings(proxy.endpoint))
         with pytest.raises(StoreCorrupt):
             store.save(image_id, request(), PICTURES)
@@ -457,9 +441,9 @@ def test_a_wrong_checksum_of_a_picture_leaves_no_record(server, fault, image_id)
 @pytest.mark.parametrize(
     ("fault", "error"), [(s3.cuts_the_answer, StoreUnavailable), (s3.damages_the_answer, StoreCorrupt)]
 )
-def test_a_damaged_answer_is_found_out(server, fault, error, image_id):
+def test_a_damaged_answer_is_found_out(s3_endpoint, fault, error, image_id):
     """A record that arrives cut off or altered is not believed."""
-    with failing(server, s3.passes, s3.passes, s3.passes, fault) as proxy:
+    with failing(s3_endpoint, s3.passes, s3.passes, s3.passes, fault) as proxy:
         store = open_store(s3_settings(proxy.endpoint))
         store.save(image_id, request(), PICTURES)
         with pytest.raises(error):
@@ -468,7 +452,7 @@ def test_a_damaged_answer_is_found_out(server, fault, error, image_id):
 
 
 @pytest.mark.parametrize("hides", ["put", "put and head"])
-def test_a_server_without_checksums_is_measured(server, hides, image_id):
+def test_a_server_without_checksums_is_measured(s3_endpoint, hides, image_id):
     """Where S3 does not tell checksums, it is asked for them, and the length counts at the least."""
 
     def without_checksum(call):
@@ -484,7 +468,7 @@ def test_a_server_without_checksums_is_measured(server, hides, image_id):
         )
 
     faults = {"put": (without_checksum, s3.passes), "put and head": (without_checksum, shorter)}[hides]
-    with failing(server, *faults) as proxy:
+    with failing(s3_endpoint, *faults) as proxy:
         store = open_store(s3_settings(proxy.endpoint))
         if hides == "put":
             store.save(image_id, request(), PICTURES)
@@ -568,12 +552,12 @@ def test_erasing_leaves_nothing_and_takes_nothing_else(store):
     assert names(store, other) == ["0.png", "1.png", "record.json"]
 
 
-def test_an_erasing_that_breaks_off_can_be_done_again(server, image_id):
+def test_an_erasing_that_breaks_off_can_be_done_again(s3_endpoint, image_id):
     """The record goes last: while anything of an image is left, it is found by whoever erases again."""
-    store = open_store(s3_settings(server))
+    store = open_store(s3_settings(s3_endpoint))
     store.save(image_id, request(), PICTURES)
     faults = (s3.passes, s3.passes, s3.slow_down, s3.slow_down)
-    with failing(server, *faults) as proxy, pytest.raises(StoreUnavailable):
+    with failing(s3_endpoint, *faults) as proxy, pytest.raises(StoreUnavailable):
         open_store(s3_settings(proxy.endpoint)).erase(image_id)
     assert names(store, image_id) == ["1.png", "record.json"]
     store.erase(store.record(image_id)["id"])
