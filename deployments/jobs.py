@@ -11,7 +11,7 @@ from deployments.runner import Runner
 from deployments.service import lasting
 from deployments.threads import ended, to_its_end
 from deployments.worker import Outbox
-from pipeline.errors import Overloaded
+from pipeline.errors import Overloaded, StoreUnavailable
 from pipeline.job_store import JobStore
 from pipeline.jobs import ENDS, Job
 from pipeline.progress import BEGINNING, LAST, Position, ServerEvent
@@ -57,11 +57,11 @@ class Jobs:
         work = asyncio.to_thread(self._store.submit, request, tenant, idempotency_key, origin)
         submitting = asyncio.ensure_future(work)
         try:
-            job_id, replayed = await asyncio.shield(submitting)
-            if not replayed:
-                self._runner.wake()
-                await self._accepted(tenant, job_id)
-            return await self.view(tenant, job_id), replayed
+            job_id, job = await asyncio.shield(submitting)
+            if job is None:
+                return await self.view(tenant, job_id), True
+            # Nothing is read any more: were the store away now, an accepted job would be answered with an error.
+            return self._accepted(job), False
         except asyncio.CancelledError:
             await ended(submitting)
             if submitting.exception() is None and not lasting(request, idempotency_key):
@@ -81,7 +81,7 @@ class Jobs:
         return {**view, "progress": await self._progress(held.job) or view["progress"]}
 
     async def wait(self, tenant: str, job_id: str, seconds: float) -> dict[str, Any]:
-        """A job when it has ended, or as it is after so many seconds; raises ImageNotFound."""
+        """A job when it has ended, or as it is after so many seconds; raises ImageNotFound, StoreUnavailable."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 async for _ in self.follow(tenant, job_id, BEGINNING):
@@ -93,21 +93,22 @@ class Jobs:
 
         Raises ImageNotFound; at the latest when the first event is asked for.
         """
-        seconds = 0.0 if (await self.view(tenant, job_id))["status"] in ENDS else IDLE_SECONDS
+        view = await self.view(tenant, job_id)
         while True:
-            events = await self._after(job_id, after, seconds)
+            events = await self._after(job_id, after, 0.0 if view["status"] in ENDS else IDLE_SECONDS)
             for event in events:
                 yield event
                 after = max(after, event.at)
                 if event.ends:
                     return
-            if not events:
+            if events:
+                continue
+            with suppress(StoreUnavailable):  # it says later what has become of the job
                 view = await self.view(tenant, job_id)
-                if view["status"] in ENDS:  # and the board does not know it any more
-                    yield ServerEvent(Position(view["attempt"], LAST), view["status"], view)
-                    return
-                seconds = IDLE_SECONDS
-                yield None
+            if view["status"] in ENDS:  # and the board does not know it any more
+                yield ServerEvent(Position(view["attempt"], LAST), view["status"], view)
+                return
+            yield None
 
     async def cancel(self, tenant: str, job_id: str) -> dict[str, Any]:
         """Stop a job; what has ended stays as it is. Raises ImageNotFound."""
@@ -125,13 +126,13 @@ class Jobs:
         self._tell(self._board.notify("stopped", job_id))
         self._tell(self._board.end(job_id, "cancelled", {"id": job_id, "status": "cancelled"}))
 
-    async def _accepted(self, tenant: str, job_id: str) -> None:
-        held = await asyncio.to_thread(self._store.read, tenant, job_id)
-        if held is not None:
-            data = {"position": self._runner.queued}
-            self._outbox.passing(held.job, "queued", data)
-            self._tell(self._board.publish(job_id, 0, 0, [ServerEvent(Position(0, 0), "queued", data)]))
-            self._tell(self._board.notify("queued", job_id))
+    def _accepted(self, job: Job) -> dict[str, Any]:
+        self._runner.accepted(job)
+        data = {"position": self._runner.queued}
+        self._outbox.passing(job, "queued", data)
+        self._tell(self._board.publish(job.id, 0, 0, [ServerEvent(Position(0, 0), "queued", data)]))
+        self._tell(self._board.notify("queued", job.id))
+        return open_view(job, self._runner.queued)
 
     async def _announce(self, job: Job) -> None:
         with suppress(Exception):  # whatever keeps the board away: watchers find the end in the store
@@ -144,8 +145,8 @@ class Jobs:
         with suppress(Exception):  # the last heartbeat's will do
             async with asyncio.timeout(GLANCE_SECONDS):
                 step = await self._board.latest(job.id)
-            if step is not None and (job.progress is None or job.progress[1] == step.data["steps"]):
-                return {"step": step.data["step"], "steps": step.data["steps"]}
+            if step is not None and step.at.attempt == job.attempt:
+                return {"step": step.data["done"], "steps": step.data["total"]}
         return None
 
     async def _after(self, job_id: str, after: Position, seconds: float) -> list[ServerEvent]:

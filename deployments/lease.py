@@ -1,18 +1,20 @@
 """Lease: the right to change one job, held by one owner and lost at the first write that is refused."""
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from deployments.threads import ended, to_its_end
-from pipeline.errors import StoreConflict, StoreMisconfigured, StoreUnavailable
+from pipeline.errors import StoreConflict, StoreCorrupt, StoreError, StoreMisconfigured, StoreUnavailable
 from pipeline.job_store import Held, JobStore
 from pipeline.jobs import Job
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 AWAY = (StoreUnavailable, StoreMisconfigured)  # what passes, or is put right while the service runs
+DAMAGES = 3  # times that bytes may have come to harm on their way; then it is not the way
 PAUSES = (0.2, 0.5, 1.0, 2.0)  # seconds between tries while the store is away; the last one repeats
 
 
@@ -44,14 +46,7 @@ class Lease:
 
     async def insist(self, **changes: Any) -> None:
         """The same until the store answers; raises LeaseLost, StoreCorrupt."""
-        for pause in _pauses():
-            try:
-                await self.change(**changes)
-            except AWAY as error:
-                log.warning("job %s cannot be written (%s); trying again", self.job.id, error.code)
-                await asyncio.sleep(pause)
-            else:
-                return
+        await _until_it_answers(lambda: self.change(**changes))
 
     async def keep(self, seconds: float, progress: Callable[[], tuple[int, int] | None]) -> None:
         """Heartbeats, `seconds` apart, for as long as the job is ours; raises LeaseLost."""
@@ -59,7 +54,7 @@ class Lease:
             await asyncio.sleep(seconds)
             try:
                 await self.change(progress=progress())
-            except AWAY as error:  # nobody can take the job over either
+            except StoreError as error:  # nobody can take the job over either
                 log.warning("no heartbeat of job %s: %s", self.job.id, error.code)
 
     async def _change(self, changes: dict[str, Any]) -> None:
@@ -77,16 +72,18 @@ class Lease:
 
 async def insist(call: Callable[..., R], *arguments: Any) -> R:
     """One call of the store, until it answers; raises what waiting does not mend: StoreConflict, StoreCorrupt."""
-    for pause in _pauses():
+    return await _until_it_answers(lambda: to_its_end(call, *arguments))
+
+
+async def _until_it_answers(call: Callable[[], Awaitable[R]]) -> R:
+    damages = 0
+    for pause in itertools.chain(PAUSES, itertools.repeat(PAUSES[-1])):
         try:
-            return await to_its_end(call, *arguments)
-        except AWAY as error:
-            log.warning("the store is away (%s); trying again", error.code)
-            await asyncio.sleep(pause)
+            return await call()
+        except (*AWAY, StoreCorrupt) as error:
+            damages += isinstance(error, StoreCorrupt)
+            if damages > DAMAGES:
+                raise
+            log.warning("the store: %s; trying again", error.code)
+        await asyncio.sleep(pause)
     raise AssertionError("the pauses have no end")
-
-
-def _pauses() -> Iterator[float]:
-    yield from PAUSES
-    while True:
-        yield PAUSES[-1]

@@ -93,7 +93,7 @@ class Maker:
                 request = await read_request(http.headers, http.stream(), self._limits.max_body_bytes)
                 if not (preference.asynchronous or lasting(request, key)):
                     return await self._image(http, request, clock, started)
-            view, replayed = await self._service.jobs.submit(request, caller(http).tenant, key)
+                view, replayed = await self._service.jobs.submit(request, caller(http).tenant, key)
         response = await self._job(http, view, preference, lasting(request, key))
         if replayed:
             response.headers["Idempotency-Replayed"] = "true"
@@ -112,7 +112,7 @@ class Maker:
     async def _job(self, http: fastapi.Request, view: dict[str, Any], preference: Preference, kept: bool) -> Response:
         seconds = preference.wait if preference.asynchronous else self._limits.request_seconds
         if seconds:
-            view = await waited(self._service.jobs, caller(http).tenant, view["id"], seconds, kept)
+            view = await waited(self._service.jobs, caller(http).tenant, view, seconds, kept)
         return await self._answered(http, view, preference)
 
     async def _answered(self, http: fastapi.Request, view: dict[str, Any], preference: Preference) -> Response:

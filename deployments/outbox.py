@@ -8,12 +8,12 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from deployments import replicate_view
 from deployments.job_view import end_view
 from deployments.lease import insist
-from deployments.threads import to_its_end
 from pipeline.errors import ImageNotFound
 from pipeline.job_store import Held, JobStore
 from pipeline.jobs import Job
@@ -39,6 +39,7 @@ class Outbox:
     def __init__(self, jobs: JobStore, sender: Sender) -> None:
         self._jobs, self._sender = jobs, sender
         self._passing: set[asyncio.Task[Any]] = set()
+        self._threads = ThreadPoolExecutor(DELIVERIES, "webhooks")
 
     def passing(self, job: Job, name: str, data: Mapping[str, Any]) -> None:
         """An event on the way, told at most once and without waiting for it."""
@@ -46,8 +47,7 @@ class Outbox:
             return
         moment = f"{job.id}-{name}-{time.time_ns()}"
         body = _body(job, name, {"id": job.id, "status": "queued" if name == "queued" else "running", **data})
-        call = asyncio.to_thread(self._sender.deliver, job.hook.url, moment, body, job.tenant)
-        task = asyncio.ensure_future(call)
+        task = asyncio.ensure_future(self._deliver(job.hook.url, moment, body, job.tenant))
         self._passing.add(task)
         task.add_done_callback(self._passing.discard)
 
@@ -67,10 +67,15 @@ class Outbox:
             except ImageNotFound:  # erased
                 return held
             body = _body(held.job, held.job.state, view)
-            arrived = await to_its_end(self._sender.deliver, hook.url, delivery, body, held.job.tenant)
+            arrived = await self._deliver(hook.url, delivery, body, held.job.tenant)
             if arrived is not False or tries >= self._sender.attempts:
                 held = await insist(self._changed, held, {"over": True})
         return held
+
+    async def _deliver(self, url: str, delivery_id: str, body: bytes, tenant: str) -> bool | None:
+        """One try, in a thread of the outbox's own: receivers that hang keep nobody from the store."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._sender.deliver, url, delivery_id, body, tenant)
 
     def _changed(self, held: Held, changes: dict[str, Any]) -> Held:
         return self._jobs.tell(held, **changes)

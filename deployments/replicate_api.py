@@ -84,7 +84,7 @@ class Predictions:
                 with named(given):
                     view, replayed = await self._service.jobs.submit(asked, tenant, key, came)
         if wait:
-            view = await waited(self._service.jobs, tenant, view["id"], wait, lasting(asked, key))
+            view = await waited(self._service.jobs, tenant, view, wait, lasting(asked, key))
         headers = {"Idempotency-Replayed": "true"} if replayed else {}
         status = 202 if wait and view["status"] not in ENDS else 201
         return JSONResponse(created(view, base), status, headers)

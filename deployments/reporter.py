@@ -66,8 +66,11 @@ class Reporter:
         named = told(number, event)
         if named is None:
             return []
-        self._add(*named)
-        return [named]
+        name, data = named
+        if self.progress is not None:
+            data |= {"done": self.progress[0], "total": self.progress[1]}
+        self._add(name, data)
+        return [(name, data)]
 
     def end(self, state: str, data: Mapping[str, Any]) -> None:
         """The end of the job."""
@@ -75,11 +78,13 @@ class Reporter:
 
     async def close(self) -> None:
         """Wait until all is told, but not for long."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(FLUSH):
-                while self._sent < len(self._events):
-                    await asyncio.sleep(0.01)
-        self._pump.cancel()
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH):
+                    while self._sent < len(self._events):
+                        await asyncio.sleep(0.01)
+        finally:
+            self._pump.cancel()
 
     def _add(self, name: str, data: Mapping[str, Any]) -> None:
         self._events.append(ServerEvent(Position(self._attempt, len(self._events)), name, data))

@@ -18,7 +18,7 @@ from deployments.reporter import BoardClient
 from deployments.worker import Announce, Worker, stopped
 from pipeline.errors import StoreCorrupt, StoreError
 from pipeline.job_store import Held, JobStore, Listed
-from pipeline.jobs import in_turn
+from pipeline.jobs import Job, in_turn
 from pipeline.settings import JobSettings
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,13 @@ class Runner:
     def __init__(self, jobs: JobStore, worker: Worker, board: BoardClient, settings: JobSettings) -> None:
         self._jobs, self._worker, self._board, self._settings = jobs, worker, board, settings
         self._seen: dict[str, _Seen] = {}
-        self._damaged: dict[str, str] = {}  # versions of jobs that cannot be read
+        self._damaged: dict[str, tuple[str, float]] = {}  # versions that cannot be read, and until when not to try
         self._queue: dict[str, int] = {}  # the place of each queued job
         self._open = Counter[str]()  # open jobs that are not over, by tenant
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._ending: dict[str, asyncio.Task[None]] = {}
+        self._accepted: dict[str, tuple[str, float]] = {}  # tenants of jobs newer than the last look, and since when
+        self._resting: dict[str, float] = {}  # until when not to try again what could not be begun or settled
+        self._tasks: dict[str, asyncio.Task[bool]] = {}
+        self._ending: dict[str, asyncio.Task[bool]] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
 
@@ -61,8 +63,14 @@ class Runner:
         await self._worker.close()
 
     def open_jobs(self, tenant: str | None = None) -> int:
-        """Jobs that are queued or running, a tenant's or everybody's, at the last look."""
-        return self._open.total() if tenant is None else self._open[tenant]
+        """Jobs that are queued or running, a tenant's or everybody's: at the last look, and accepted here since."""
+        accepted = sum(tenant in (None, whose) for whose, _ in self._accepted.values())
+        return accepted + (self._open.total() if tenant is None else self._open[tenant])
+
+    def accepted(self, job: Job) -> None:
+        """A job that was just submitted here: it counts at once, and is looked for."""
+        self._accepted[job.id] = job.tenant, time.monotonic()
+        self._wake.set()
 
     @property
     def queued(self) -> int:
@@ -72,10 +80,6 @@ class Runner:
     def position(self, job_id: str) -> int | None:
         """How many queued jobs go before one; None where it is not known to be queued."""
         return self._queue.get(job_id)
-
-    def wake(self) -> None:
-        """Look now: there is something new."""
-        self._wake.set()
 
     def stop(self, job_id: str) -> None:
         """Stop a job at once whose record says that it is over, if it runs here."""
@@ -118,6 +122,7 @@ class Runner:
                 self._wake.set()
 
     async def _scan(self) -> None:
+        began = time.monotonic()
         listed = await asyncio.to_thread(lambda: list(self._jobs.open_jobs()))
         readers = asyncio.Semaphore(READERS)
 
@@ -127,7 +132,8 @@ class Runner:
                     held = await asyncio.to_thread(self._jobs.read, entry.tenant, entry.id)
             except StoreCorrupt:  # of another version of this service, say, which then runs it
                 log.exception("job %s cannot be read here", entry.id)
-                self._damaged[entry.id] = entry.etag
+                self._damaged[entry.id] = entry.etag, time.monotonic() + self._settings.lease_seconds
+                self._seen.pop(entry.id, None)
                 return
             if held is not None:
                 self._seen[entry.id] = _Seen(held, time.monotonic())
@@ -135,20 +141,24 @@ class Runner:
         await asyncio.gather(*(read(entry) for entry in listed if not self._knows(entry)))
         ids = {entry.id for entry in listed}
         self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in ids}
-        self._damaged = {job_id: etag for job_id, etag in self._damaged.items() if job_id in ids}
+        self._damaged = {job_id: one for job_id, one in self._damaged.items() if job_id in ids}
+        newer = {job_id: one for job_id, one in self._accepted.items() if one[1] > began and job_id not in ids}
+        self._accepted = newer
         jobs = [seen.held.job for seen in self._seen.values()]
         self._queue = {job.id: place for place, job in enumerate(in_turn(jobs))}
         self._open = Counter(job.tenant for job in jobs if not job.over)
 
     def _knows(self, entry: Listed) -> bool:
-        seen = self._seen.get(entry.id)
-        return entry.etag in (self._damaged.get(entry.id), None if seen is None else seen.held.etag)
+        seen, (etag, until) = self._seen.get(entry.id), self._damaged.get(entry.id, ("", 0.0))
+        return (seen is not None and seen.held.etag == entry.etag) or (etag == entry.etag and time.monotonic() < until)
 
     def _take_up(self, owner: str) -> None:
         """Begin what nobody does: ends that are not settled, running jobs without heartbeats, the next in the queue."""
-        busy = self._tasks.keys() | self._ending.keys()
+        now = time.monotonic()
+        self._resting = {job_id: until for job_id, until in self._resting.items() if until > now}
+        busy = self._tasks.keys() | self._ending.keys() | self._resting.keys()
         idle = {job_id: seen for job_id, seen in self._seen.items() if job_id not in busy}
-        long_ago = time.monotonic() - self._settings.lease_seconds
+        long_ago = now - self._settings.lease_seconds
         alone = [seen.held for seen in idle.values() if seen.since <= long_ago and seen.held.job.state != "queued"]
         for held in [held for held in alone if held.job.over][:READERS]:
             self._begin(self._ending, held.job.id, self._worker.finish(held))
@@ -157,12 +167,17 @@ class Runner:
         for held in (orphans + queue)[: max(0, self._settings.max_running - len(self._tasks))]:
             self._begin(self._tasks, held.job.id, self._worker.run(held, owner))
 
-    def _begin(self, among: dict[str, asyncio.Task[None]], job_id: str, work: Coroutine[Any, Any, None]) -> None:
-        def ended(task: asyncio.Task[None]) -> None:
+    def _begin(self, among: dict[str, asyncio.Task[bool]], job_id: str, work: Coroutine[Any, Any, bool]) -> None:
+        def ended(task: asyncio.Task[bool]) -> None:
             del among[job_id]
-            self._wake.set()
-            if not task.cancelled() and task.exception() is not None:
+            failed = not task.cancelled() and task.exception() is not None
+            if failed:
                 log.error("job %s: its runner failed: %s", job_id, type(task.exception()).__name__)
+            if failed or (not task.cancelled() and not task.result()):  # or the next look would begin it at once again
+                pause = self._settings.lease_seconds if failed else self._settings.scan_seconds
+                self._resting[job_id] = time.monotonic() + pause
+            else:
+                self._wake.set()  # there is room for another
 
         among[job_id] = asyncio.ensure_future(work)
         among[job_id].add_done_callback(ended)

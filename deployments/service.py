@@ -99,13 +99,18 @@ def lasting(request: Request, idempotency_key: str | None) -> bool:
     return idempotency_key is not None or request.webhook is not None
 
 
-async def waited(jobs: JobService, tenant: str, job_id: str, seconds: float, kept: bool) -> dict[str, Any]:
-    """A job when it has ended, or as it is after so many seconds; a caller who leaves stops it, unless it is `kept`."""
+async def waited(jobs: JobService, tenant: str, view: dict[str, Any], seconds: float, kept: bool) -> dict[str, Any]:
+    """A job when it has ended, or as it is after so many seconds; a caller who leaves stops it, unless it is `kept`.
+
+    view: what is known of it. It was accepted, so a store that is away meanwhile is no error.
+    """
     try:
-        return await jobs.wait(tenant, job_id, seconds)
+        return await jobs.wait(tenant, view["id"], seconds)
+    except StoreUnavailable:
+        return view
     except asyncio.CancelledError:
         if not kept:
-            await asyncio.shield(asyncio.ensure_future(jobs.cancel(tenant, job_id)))
+            await asyncio.shield(asyncio.ensure_future(jobs.cancel(tenant, view["id"])))
         raise
 
 

@@ -12,6 +12,7 @@ from deployments.job_view import end_view
 from deployments.lease import Lease, LeaseLost, insist
 from deployments.problems import problem, unforeseen
 from deployments.reporter import BoardClient, Reporter
+from deployments.threads import to_its_end
 from pipeline.errors import (
     Busy,
     DeadlineExceeded,
@@ -65,12 +66,18 @@ class Worker:
         self._board, self._outbox, self._settings = board, outbox, settings
         self._telling: set[asyncio.Task[None]] = set()
 
-    async def run(self, held: Held, owner: str) -> None:
-        """Claim a job and bring it to its end. Cancelled, it gives the job back if it still has it."""
+    async def run(self, held: Held, owner: str) -> bool:
+        """Claim a job and bring it to its end; False where it could not be claimed.
+
+        Cancelled, it gives the job back if it still has it.
+        """
         try:
-            held = await asyncio.to_thread(self._jobs.claim, held, owner)
-        except StoreError:  # somebody else was quicker, or the store is away
-            return
+            held = await to_its_end(self._jobs.claim, held, owner)
+        except StoreConflict:  # somebody else was quicker
+            return False
+        except StoreError as error:
+            log.warning("job %s cannot be claimed: %s", held.job.id, error.code)
+            return False
         lease = Lease(self._jobs, held)
         reporter = Reporter(self._board, held.job.id, held.job.attempt)
         try:
@@ -86,11 +93,20 @@ class Worker:
             if not lease.job.over:
                 with suppress(StoreError):  # else whoever settles the job removes what is left
                     await asyncio.to_thread(self._images.discard, held.job.id, held.job.attempt)
+        return True
 
-    async def finish(self, held: Held, announce: Announce | None = None) -> None:
-        """Settle the end of a job, and tell it; without `announce`, of one that nobody was at for a whole lease."""
+    async def finish(self, held: Held, announce: Announce | None = None) -> bool:
+        """Settle the end of a job, and tell it; without `announce`, of one that nobody was at for a whole lease.
+
+        False where it has changed since it was read: then somebody is at it.
+        """
+        if announce is None:
+            fresh = await asyncio.to_thread(self._jobs.read, held.job.tenant, held.job.id)
+            if fresh != held:
+                return False
         await self._settle(held, announce)
         await self._tell(held, alone=announce is None)
+        return True
 
     async def close(self) -> None:
         """Leave what is still to be told to whoever finds it."""
@@ -104,8 +120,7 @@ class Worker:
     async def _tell(self, held: Held, alone: bool) -> None:
         with suppress(StoreConflict):  # erased meanwhile
             held = await self._outbox.end(held)
-            lost = held.job.attempt - (held.job.state in ("succeeded", "failed"))
-            if alone or not lost:  # else an attempt that was lost may still write
+            if alone or not held.job.haunted:
                 await insist(self._jobs.forget, held)
 
     async def _hold(self, lease: Lease, reporter: Reporter) -> None:
@@ -143,7 +158,7 @@ class Worker:
         if published is not None:  # its pictures were complete when its owner was lost
             await lease.insist(state="succeeded", attempt=published)
             return
-        if job.attempt > self._settings.attempts:
+        if job.lost >= self._settings.attempts:
             raise WorkerUnavailable("The workers of this job were lost again and again; send its request again.")
         request = await insist(self._jobs.request, job)
         if request is None:

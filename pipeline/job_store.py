@@ -8,6 +8,7 @@ settle     the final record in the place of the job; may be done again, by anybo
 
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -62,22 +63,21 @@ class JobStore:
         tenant: str,
         idempotency_key: str | None = None,
         origin: Mapping[str, Any] | None = None,
-    ) -> tuple[str, bool]:
-        """Accept a request; returns its id, and whether its Idempotency-Key had been used for it before.
+    ) -> tuple[str, Job | None]:
+        """Accept a request; returns its id, and its job, or None where its Idempotency-Key had been used for it before.
 
         `origin`: JSON values that are kept with the job and its record. Raises IdempotencyConflict where the key came
         with another request.
         """
-        job_id, replay, replayed = new_id(), None, False
+        job_id, replay = new_id(), None
         if idempotency_key is not None:
             hashed = hashlib.sha256(idempotency_key.encode()).hexdigest()
             replay = f"{tenant_folder('idempotency', tenant)}{hashed}.json"
             first = self._first_use(replay, job_id, _fingerprint(request))
-            job_id, replayed = first, first != job_id
-            if replayed and self._known(tenant, job_id):
-                return job_id, True
-        self._create(request, tenant, job_id, replay, origin)
-        return job_id, replayed
+            if first != job_id and self._known(tenant, first):
+                return first, None
+            job_id = first
+        return job_id, self._create(request, tenant, job_id, replay, origin)
 
     def read(self, tenant: str, job_id: str) -> Held | None:
         """An open job of a tenant's; None where there is none, or none of theirs."""
@@ -116,9 +116,11 @@ class JobStore:
 
     def claim(self, held: Held, owner: str) -> Held:
         """The job as the owner's own; raises StoreConflict where somebody else was first."""
-        started = self._now() if held.job.started is None else held.job.started
-        attempt = held.job.attempt + 1
-        return self.change(held, state="running", attempt=attempt, owner=owner, progress=None, started=started)
+        job = held.job
+        started = self._now() if job.started is None else job.started
+        lost = job.lost + (job.state == "running")  # who gives a job back writes `queued`
+        taken = {"attempt": job.attempt + 1, "lost": lost, "owner": owner, "progress": None, "started": started}
+        return self.change(held, state="running", **taken)
 
     def stop(self, tenant: str, job_id: str, state: State) -> Held | None:
         """End an open job as `cancelled` or `erased` whatever its owner does; None where it is not open.
@@ -141,13 +143,18 @@ class JobStore:
         return next(drafts, None)
 
     def settle(self, job: Job) -> None:
-        """Make the end of a job final: its record in place, its photos and what lost attempts left gone."""
+        """Make the end of a job final: its record in place, its photos and what lost attempts left gone.
+
+        Nothing is done where the job is no longer there, or another one: it was settled, or is being erased.
+        """
         if job.state == "erased":
             self._images.erase(job.id)
-            if job.replay is not None:
-                self._objects.delete(job.replay)
+            self._unuse(job.replay, job.id)
         else:
             record = self._final(job)
+            held = self.read(job.tenant, job.id)
+            if held is None or held.job.state != job.state:
+                return
             if record is not None:
                 self._images.commit(job.id, record)
             self._images.prune(job.id)
@@ -167,8 +174,7 @@ class JobStore:
             return
         record = self.record(tenant, job_id)
         self._images.erase(job_id)
-        if record.get("replay"):
-            self._objects.delete(record["replay"])
+        self._unuse(record.get("replay"), job_id)
 
     def sweep(self) -> int:
         """Erase requests and images that nobody will complete, and old Idempotency-Keys; returns how many."""
@@ -182,10 +188,17 @@ class JobStore:
                 erased += 1
         for entry in self._objects.list("idempotency/"):
             found = self._objects.get(entry.key)
-            if found is not None and json.loads(found.data)["created"] + self._settings.replay_seconds < self._now():
-                self._objects.delete(entry.key)
+            use = {} if found is None else json.loads(found.data)
+            if use and use["created"] + self._settings.replay_seconds < self._now():
+                self._unuse(entry.key, use["id"])
                 erased += 1
         return erased
+
+    def _unuse(self, replay: str | None, job_id: str) -> None:
+        """Let an Idempotency-Key be used anew, unless it stands for another job by now."""
+        found = None if replay is None else self._objects.get(replay)
+        if replay is not None and found is not None and json.loads(found.data)["id"] == job_id:
+            self._objects.delete(replay)
 
     def _known(self, tenant: str, job_id: str) -> bool:
         if self.read(tenant, job_id) is not None:
@@ -218,22 +231,34 @@ class JobStore:
 
     def _create(
         self, request: Request, tenant: str, job_id: str, replay: str | None, origin: Mapping[str, Any] | None
-    ) -> None:
+    ) -> Job | None:
+        """The new job; None where an equal request under the same Idempotency-Key was quicker."""
         now = self._now()
         seconds = min(request.deadline_seconds or self._settings.deadline_seconds, self._settings.deadline_seconds)
         hook = None if request.webhook is None else Hook(request.webhook, request.webhook_events)
         job = Job(
-            job_id, tenant, now, now + seconds, priority=request.priority, hook=hook, replay=replay, origin=origin
+            job_id,
+            tenant,
+            now,
+            now + seconds,
+            priority=request.priority,
+            hook=hook,
+            replay=replay,
+            origin=origin,
+            beat=secrets.randbits(32),  # so that of two who create one job at once, one is refused
         )
-        for key, data in (
-            (_request_key(job_id), request.with_seed().model_dump_json().encode()),
-            (job.key, job.to_json()),
-        ):
-            try:
-                self._objects.create(key, data)
-            except StoreConflict:  # an equal request under the same Idempotency-Key came here before
-                if replay is None:
-                    raise
+        try:
+            self._objects.create(_request_key(job_id), request.with_seed().model_dump_json().encode())
+        except StoreConflict:  # the other may have been broken off here
+            if replay is None:
+                raise
+        try:
+            self._objects.create(job.key, job.to_json())
+        except StoreConflict:
+            if replay is None:
+                raise
+            return None
+        return job
 
     def _final(self, job: Job) -> dict[str, Any] | None:
         extra: dict[str, Any] = {"status": job.state, "attempt": job.attempt, "replay": job.replay, **moments(job)}

@@ -49,7 +49,8 @@ class Job:
 
     created, deadline, finished: seconds since 1970. attempt: how often it was claimed. beat: grows with every write,
     so that no two versions are the same bytes. progress: steps done and in all, of all its pictures. problem: what it
-    failed with. replay: the key of its idempotency object. started: when it was first begun, in seconds since 1970.
+    failed with. lost: how many of its attempts lost it without giving it back. replay: its idempotency object.
+    started: when it was first begun, in seconds since 1970.
     origin: what the foreign API by which it came, if it did, has to know again when telling of it.
     """
 
@@ -60,6 +61,7 @@ class Job:
     state: State = "queued"
     priority: int = 0
     attempt: int = 0
+    lost: int = 0
     owner: str = ""
     beat: int = 0
     progress: tuple[int, int] | None = None
@@ -74,6 +76,11 @@ class Job:
     def over(self) -> bool:
         """Whether nothing more will be computed for it."""
         return self.state in ENDS
+
+    @property
+    def haunted(self) -> bool:
+        """Whether an attempt that does not know that it has lost the job may still write something of it."""
+        return self.lost > 0 or (self.state in ("cancelled", "erased") and self.attempt > 0)
 
     @property
     def key(self) -> str:

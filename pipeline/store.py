@@ -153,6 +153,8 @@ class ImageStore:
                 records[image_id] = records.get(image_id, False) or name == RECORD
         kept = wanted()
         strays = [image_id for image_id, recorded in records.items() if not recorded and image_id not in kept]
+        # Asked once more: a job may have ended, and got its record, between the two listings.
+        strays = [image_id for image_id in strays if self._objects.get(_key(image_id, RECORD)) is None]
         for image_id in strays:
             self.erase(image_id)
         return len(strays)

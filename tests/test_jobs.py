@@ -64,9 +64,9 @@ def done(jobs, images, held, attempt=None):
 
 def test_a_job_is_in_the_store_before_it_is_accepted(jobs):
     """Whoever has the store has everything that is needed to go on with a job: the request too, with its photos."""
-    job_id, replayed = jobs.submit(request(seed=7), "acme")
+    job_id, job = jobs.submit(request(seed=7), "acme")
     held = jobs.read("acme", job_id)
-    assert not replayed
+    assert held.job == job
     assert held.job.state == "queued"
     assert jobs.request(held.job) == request(seed=7)
 
@@ -92,15 +92,15 @@ def test_a_key_is_carried_out_once(jobs, objects):
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda _: jobs.submit(request(), "acme", "one"), range(16)))
     assert len({job_id for job_id, _ in answers}) == 1
-    assert sum(not replayed for _, replayed in answers) == 1
+    assert sum(job is not None for _, job in answers) == 1
     assert len(keys(objects, "jobs/")) == 1
 
 
 def test_a_key_belongs_to_its_tenant_and_its_request(jobs):
     """A key of another tenant is another key; the same key with another request is refused."""
     first, _ = jobs.submit(request(), "acme", "one")
-    other, replayed = jobs.submit(request(), "other", "one")
-    assert (other != first, replayed) == (True, False)
+    other, job = jobs.submit(request(), "other", "one")
+    assert other == job.id != first
     with pytest.raises(IdempotencyConflict):
         jobs.submit(request(prompt="another"), "acme", "one")
 
@@ -109,8 +109,8 @@ def test_a_key_is_forgotten_after_its_time(jobs, clock):
     """Later the same key begins a new job."""
     first, _ = jobs.submit(request(), "", "one")
     clock.now += SETTINGS.replay_seconds + 1
-    second, replayed = jobs.submit(request(), "", "one")
-    assert (second != first, replayed) == (True, False)
+    second, job = jobs.submit(request(), "", "one")
+    assert second == job.id != first
 
 
 @pytest.mark.parametrize("left", ["", "requests/"])
@@ -242,6 +242,37 @@ def test_erasing_leaves_nothing(jobs, images, objects):
     assert keys(objects) == []
 
 
+def test_erasing_leaves_the_key_of_another_job(jobs, objects):
+    """A key that was used anew belongs to its new job; the old one's end does not take it away."""
+    first, _ = jobs.submit(request(), "", "one")
+    jobs.claim(jobs.read("", first), "owner")
+    jobs.erase("", first)
+    second, _ = jobs.submit(request(), "", "one")
+    jobs.settle(jobs.read("", first).job)  # once more, a lease later
+    assert jobs.submit(request(), "", "one") == (second, None)
+
+
+def test_an_end_that_is_settled_late_brings_nothing_back(jobs, objects):
+    """Whoever settles from an old reading, after others have settled and the caller has erased, writes nothing."""
+    job_id, _ = jobs.submit(request(), "")
+    held = jobs.change(jobs.claim(jobs.read("", job_id), "owner"), state="cancelled")
+    jobs.settle(held.job)
+    jobs.forget(held)
+    jobs.erase("", job_id)
+    jobs.settle(held.job)
+    assert keys(objects) == []
+
+
+def test_giving_back_is_not_being_lost(jobs):
+    """Only an attempt that was cut off counts against a job, and may still write."""
+    job_id, _ = jobs.submit(request(), "")
+    held = jobs.claim(jobs.read("", job_id), "first")
+    again = jobs.claim(jobs.change(held, state="queued", owner=""), "second")
+    assert (again.job.attempt, again.job.lost, again.job.haunted) == (2, 0, False)
+    stolen = jobs.claim(again, "third")
+    assert (stolen.job.attempt, stolen.job.lost, stolen.job.haunted) == (3, 1, True)
+
+
 def test_what_has_changed_is_not_forgotten(jobs):
     """Whoever settles a job does not remove the mark of one who erases it at the same time."""
     job_id, _ = jobs.submit(request(), "")
@@ -278,6 +309,22 @@ def test_images_without_a_record_are_swept(jobs, images, objects, clock):
     assert keys(objects, f"images/{stray}") == []
     assert keys(objects, f"images/{kept}") != []
     assert keys(objects, f"images/{job_id}") != []
+
+
+def test_a_job_that_ends_during_a_sweep_keeps_its_picture(jobs, images, objects):
+    """Between the listing of images and that of jobs it gets its record and is forgotten: it is no stray."""
+    job_id, _ = jobs.submit(request(), "")
+    held = jobs.claim(jobs.read("", job_id), "owner")
+    images.publish(job_id, request(), [painted()], "", 1)
+
+    def wanted():
+        ended = jobs.change(held, state="succeeded")
+        jobs.settle(ended.job)
+        jobs.forget(ended)
+        return {listed.id for listed in jobs.open_jobs()}
+
+    assert images.sweep(begun(job_id) - 5000, begun(job_id) + 5000, wanted) == 0
+    assert jobs.record("", job_id)["status"] == "succeeded"
 
 
 # --- records and order

@@ -8,7 +8,16 @@ from contextlib import AsyncExitStack, suppress
 import pytest
 
 from deployments.reporter import Reporter
-from pipeline.errors import ImageNotFound, InternalError, NoFace, Overloaded, StoreUnavailable, WorkerUnavailable
+from deployments.service import waited
+from pipeline.errors import (
+    ImageNotFound,
+    InternalError,
+    NoFace,
+    Overloaded,
+    StoreMisconfigured,
+    StoreUnavailable,
+    WorkerUnavailable,
+)
 from pipeline.events import Previewed, Stepped
 from pipeline.job_store import JobStore
 from pipeline.objects_memory import MemoryObjects
@@ -588,3 +597,128 @@ def test_who_leaves_while_submitting_leaves_no_job_unless_it_has_a_key(tmp_path,
         assert json.loads(service.objects.get(name).data)["status"] == ("cancelled" if key is None else "succeeded")
 
     run(service, test=test)
+
+
+class Counted(Failing):
+    """Objects that count their listings; `full` refuses to write."""
+
+    listings, full = 0, False
+
+    def list(self, prefix):
+        self.listings += prefix == "jobs/"
+        return super().list(prefix)
+
+    def _write(self, key, data, expected):
+        if self.full:
+            raise StoreMisconfigured("The disk is full.")
+        return super()._write(key, data, expected)
+
+
+@pytest.mark.parametrize("trouble", ["no writes", "a damaged draft", "another version"])
+def test_trouble_with_one_job_is_not_tried_without_a_pause(tmp_path, trouble):
+    """A job that cannot be claimed, settled or read costs a look now and then, not all of the processor."""
+    objects = Counted()
+    store = JobStore(objects, ImageStore(objects), QUICK)
+    job_id, _ = store.submit(request(), "")
+    if trouble == "a damaged draft":
+        held = store.change(store.claim(store.read("", job_id), "dead"), state="succeeded")
+        objects.create(f"images/{held.job.id}/1.json", b"{")
+    if trouble == "another version":
+        key = f"jobs/_/{job_id}.json"
+        objects.replace(key, b'{"version": 99}', objects.get(key).etag)
+    service = house(tmp_path, objects=objects)
+    objects.full = trouble == "no writes"
+
+    async def test():
+        await asyncio.sleep(3 * QUICK.lease_seconds)
+        assert objects.listings <= 4 * 3 * QUICK.lease_seconds / QUICK.scan_seconds
+
+    run(service, test=test)
+
+
+def test_a_job_that_was_accepted_is_told_though_the_store_goes_away(tmp_path):
+    """Else its caller would send it again; and a watcher's stream goes on when the store is back."""
+    objects = Failing()
+    service = house(tmp_path, make := Made(), objects, QUICK.model_copy(update={"scan_seconds": 30}))
+    submit = service.store.submit
+
+    def submit_and_leave(*arguments):
+        accepted = submit(*arguments)
+        objects.away = True
+        return accepted
+
+    service.store.submit = submit_and_leave
+
+    async def test():
+        await until(lambda: service.runner._loops)
+        view, _ = await service.jobs.submit(request(), "", None)
+        assert view["status"] == "queued"
+        waiting = asyncio.ensure_future(waited(service.jobs, "", view, 0.2, kept=True))
+        assert (await waiting) == view
+        objects.away = False
+        service.runner._wake.set()
+        assert (await service.jobs.wait("", view["id"], 20))["status"] == "succeeded"
+        assert make.calls == 1
+
+    run(service, test=test)
+
+
+def test_jobs_count_from_the_moment_they_are_accepted(tmp_path):
+    """A burst within one look does not get past the bounds."""
+
+    async def wait(_):
+        await asyncio.Event().wait()
+
+    jobs = QUICK.model_copy(update={"max_open": 5, "max_running": 1, "scan_seconds": 30})
+    service = house(tmp_path, Made(wait), jobs=jobs)
+
+    async def test():
+        answers = await asyncio.gather(
+            *(service.jobs.submit(request(), "acme", None) for _ in range(5)), return_exceptions=True
+        )
+        assert not [answer for answer in answers if isinstance(answer, Exception)]
+        assert service.jobs.open_jobs("acme") == 5
+        with pytest.raises(Overloaded):
+            await service.jobs.submit(request(), "other", None)
+
+    run(service, test=test)
+
+
+def test_receivers_that_hang_keep_nobody_from_the_store(tmp_path):
+    """A hundred webhooks that do not answer, and a status is read as quickly as before."""
+    gate = threading.Event()
+
+    class Hanging(Deaf):
+        def deliver(self, url, delivery_id, body, tenant):
+            gate.wait(20)
+
+    service = InProcess(Settings(weights_dir=tmp_path, jobs=QUICK), sender=Hanging(), make=Made())
+
+    async def test():
+        try:
+            views = [
+                (await service.jobs.submit(request(webhook="https://a.example/x"), "", None))[0] for _ in range(100)
+            ]
+            for view in views:
+                await service.jobs.cancel("", view["id"])
+            async with asyncio.timeout(2):
+                await service.jobs.view("", views[0]["id"])
+        finally:
+            gate.set()
+
+    run(service, test=test)
+
+
+def test_progress_is_of_all_pictures(tmp_path):
+    """Four pictures of 28 steps have 112 steps, also before the first heartbeat."""
+    service = house(tmp_path)
+
+    async def go():
+        reporter = Reporter(service.board, "a", 2)
+        reporter.begin(4)
+        reporter.hear(0, Stepped(1, 28))
+        ((_, data),) = reporter.hear(3, Stepped(2, 28))
+        await reporter.close()
+        assert (data["done"], data["total"]) == (3, 112)
+
+    asyncio.run(go())
