@@ -152,7 +152,9 @@ class Engine:
         ticket = self._drawn.popleft()
         if self._gone(ticket):
             return True
+        began = self._clock()
         picture = attempt(partial(self._painter.finish, ticket.drawing))
+        self._schedule.decoded(self._clock() - began)
         if isinstance(picture, Exception):  # whatever it is, it is this picture's alone
             self._end(ticket, Failed(picture))
             self._painter.relieve(picture)

@@ -1,13 +1,20 @@
 """Schedule: of the pictures in an engine, which go on with the next step, and which are not let in."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.curves import Curves, Shape
 from pipeline.errors import DeadlineExceeded, Overloaded
 from pipeline.events import Event
+
+FORGETTING = 0.9  # of the longest step, what is left of it after another
+LEARNING = 0.2  # the share of a new decoding in what is known of decoding
+LATE = 0.05  # of what is left of a picture that runs: so much too little time may still do
+ROUNDING = 1e-9  # seconds
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +37,12 @@ class Ticket:
 
 
 class Schedule:
-    """Orders pictures by what their steps cost, their deadlines and how long they have been passed over."""
+    """Orders pictures by what their steps cost, their deadlines and how long they have been passed over.
+
+    Deadlines are kept by slack stealing: as long as all that are promised can still be kept after one more step of
+    others, what has the least left to do goes first, as that makes the mean wait the shortest; else the earliest
+    deadline goes. A picture that could not be in time, or would make one late that was let in before, is not let in.
+    """
 
     def __init__(
         self, passes: Callable[[Any, int], int], curves: Curves, max_jobs: int, max_rows: int, max_begun: int
@@ -41,22 +53,23 @@ class Schedule:
         """
         self._passes, self._curves = passes, curves
         self._max_jobs, self._max_rows, self._max_begun = max_jobs, max_rows, max_begun
-        self._pause = 0.0  # seconds that a step takes which goes on with others
+        self._longest = 0.0  # seconds of the longest step of late
+        self._decoding = 0.0  # seconds that a picture takes after its last step, as a moving mean
 
     def admit(self, ticket: Ticket, others: Sequence[Ticket], now: float) -> None:
         """Raises DeadlineExceeded for what even alone cannot be in time, Overloaded where others leave no room."""
-        left = self.left(ticket)
-        if now >= ticket.expires or (self._curves.measured(ticket.shape) and now + left > ticket.expires):
+        left = self._decoding + self.left(ticket)
+        if now >= ticket.expires or (self._curves.measured(ticket.shape) and now + left >= ticket.expires):
             raise DeadlineExceeded(
                 "The picture cannot be finished in its time; give it more, or fewer steps or pixels."
             )
         if len(others) >= self._max_jobs:
             raise Overloaded("The denoiser has all the work it can take; try again after the time in Retry-After.")
-        if not self._curves.known:
-            return  # its seconds are no seconds yet
-        first = [other for other in others if self._goes_first(other, ticket, now)]
-        shared = sum(self.left(other) / self._curves.gain(other.shape, self._max_rows) for other in first)
-        if first and now + shared + left > ticket.expires:
+        if ticket.expires == math.inf or not self._curves.known:
+            return  # it has all the time, or its seconds are no seconds yet
+        before, then = self._slack(others, now), self._slack([*others, ticket], now)
+        made_late = any(then[other] < ROUNDING <= slack for other, slack in before.items())
+        if made_late or then[ticket] - self._ahead(ticket, others) < ROUNDING:
             raise Overloaded("The denoiser cannot finish the picture in its time; try later, or give it more time.")
 
     def choose(self, tickets: Sequence[Ticket], begun: Callable[[], int], now: float) -> list[Ticket]:
@@ -64,12 +77,13 @@ class Schedule:
 
         `begun`: how many have a drawing, those that wait to be decoded included.
         """
+        urgent = False
         if len(tickets) > 1:
-            tickets = sorted(tickets, key=lambda ticket: self._rank(ticket, now))
+            tickets, urgent = self._ranked(tickets, now)
         newcomers = any(ticket.drawing is None for ticket in tickets)
         able = self._able(tickets, begun()) if newcomers else list(tickets)
-        if len(able) < 2:
-            return able
+        if len(able) < 2 or urgent:  # whoever shares a pass is slower than alone
+            return able[:1]
         first = able[0]
         alike = [t for t in able if t.shape == first.shape and t.priority == first.priority]
         rows = [self._rows(ticket) for ticket in alike]
@@ -77,13 +91,17 @@ class Schedule:
 
     def account(self, tickets: Sequence[Ticket], batch: Sequence[Ticket], seconds: float) -> None:
         """A step of `batch` took so long, while the others waited."""
-        self._pause = seconds
+        self._longest = max(seconds, FORGETTING * self._longest)
         if len(tickets) == len(batch):
             return
         youngest = max(ticket.number for ticket in batch)
         for ticket in tickets:
             if ticket.number < youngest and ticket not in batch:
                 ticket.overtaken += seconds
+
+    def decoded(self, seconds: float) -> None:
+        """A picture was finished within so many seconds after its last step."""
+        self._decoding += LEARNING * (seconds - self._decoding)
 
     def left(self, ticket: Ticket) -> float:
         """Seconds of a picture's own steps from where it is, alone."""
@@ -101,27 +119,75 @@ class Schedule:
             able.append(ticket)
         return able
 
-    def _rank(self, ticket: Ticket, now: float) -> tuple[int, int, float, int]:
-        """What has the least left to do goes first, as that makes the mean wait the shortest; of equals, the older.
+    def _ranked(self, tickets: Sequence[Ticket], now: float) -> tuple[list[Ticket], bool]:
+        """The pictures in the order of their turns, and whether the first has none to spare.
 
-        Before these goes who would be late if it waited for one more step of others, the earliest deadline first, but
-        not who will be late anyway; and before all who was overtaken by later ones for as long as its own work takes,
-        so that long jobs end too.
+        The higher priority first. Then, where a deadline would be missed after one more step of others, the deadlines
+        that can be kept, the earliest first; then who was overtaken by later ones for as long as its own work takes,
+        so that long jobs end too; then what has the least left to do, of equals the older; last what will be late.
         """
-        left = self.left(ticket)
-        if ticket.overtaken >= self._seconds(ticket, 0):
-            return -ticket.priority, 0, 0.0, ticket.number
-        slack = ticket.expires - now - left
-        if self._curves.known and -self._pause <= slack <= self._pause:
-            return -ticket.priority, 1, ticket.expires, ticket.number
-        return -ticket.priority, 2, left, ticket.number
+        left = {ticket: self.left(ticket) for ticket in tickets}
+        late, urgent = self._pressing(left, now)
 
-    def _goes_first(self, other: Ticket, ticket: Ticket, now: float) -> bool:
-        """Whether another goes before a ticket even if that may become late, at which it would pass many by."""
-        if self._rank(other, now) > self._rank(ticket, now):
-            return False
-        overtaken = other.overtaken >= self._seconds(other, 0)
-        return other.priority > ticket.priority or overtaken or other.expires <= ticket.expires
+        def rank(ticket: Ticket) -> tuple[int, int, float, int]:
+            if ticket in late:
+                return -ticket.priority, 3, ticket.expires, ticket.number
+            if urgent and ticket.expires < math.inf:
+                return -ticket.priority, 0, ticket.expires, ticket.number
+            if self._overtaken(ticket):
+                return -ticket.priority, 1, 0.0, ticket.number
+            return -ticket.priority, 2, left[ticket], ticket.number
+
+        ranked = sorted(tickets, key=rank)
+        return ranked, urgent and ranked[0].expires < math.inf and ranked[0] not in late
+
+    def _pressing(self, left: Mapping[Ticket, float], now: float) -> tuple[AbstractSet[Ticket], bool]:
+        """Those that will be late whatever is done, and whether another would be after one more step of others."""
+        first_end = min(ticket.expires for ticket in left)
+        if first_end == math.inf or not self._curves.known:
+            return frozenset(), False
+        shapes = Counter(ticket.shape for ticket in left)
+        step = max(self._longest, *(self._step(shape, rows) for shape, rows in shapes.items()))
+        if first_end - now - sum(left.values()) - self._decoding > step:  # all of them in any order
+            return frozenset(), False
+        slack = self._slack(left, now)
+        late = {ticket for ticket in left if slack[ticket] < -LATE * left[ticket]}
+        return late, min((slack[ticket] for ticket in left if ticket not in late), default=math.inf) <= (
+            1 + LATE
+        ) * step
+
+    def _step(self, shape: Shape, rows: int) -> float:
+        """Seconds of the longest step that pictures of a shape may make together; alone where that wins nothing."""
+        alone, rows = self._curves.seconds(shape, 1), min(rows, self._max_rows)
+        together = self._curves.seconds(shape, rows)
+        return together if together < rows * alone else alone
+
+    def _slack(self, tickets: Iterable[Ticket], now: float) -> dict[Ticket, float]:
+        """Seconds that each has to spare; less than none where it will be late.
+
+        Each goes after all of a higher priority and all that are due before it, one after another: what is won by
+        sharing passes is not counted on, and what will be late is not waited for.
+        """
+        found, ahead = {}, 0.0
+        for ticket in sorted(tickets, key=lambda ticket: (-ticket.priority, ticket.expires)):
+            left = self.left(ticket)
+            found[ticket] = ticket.expires - now - ahead - left - self._decoding
+            if found[ticket] >= -LATE * left:
+                ahead += left
+        return found
+
+    def _ahead(self, ticket: Ticket, others: Sequence[Ticket]) -> float:
+        """Seconds of what a newcomer cannot go before, whatever its deadline.
+
+        Those of its priority that were overtaken for long enough, and where no more may begin, the first to end.
+        """
+        equals = [other for other in others if other.priority == ticket.priority]
+        seconds = sum(self.left(other) for other in equals if other.expires == math.inf and self._overtaken(other))
+        begun = [self.left(other) for other in others if other.drawing is not None]
+        return seconds + (min(begun) if len(begun) >= self._max_begun else 0.0)
+
+    def _overtaken(self, ticket: Ticket) -> bool:
+        return ticket.overtaken > 0.0 and ticket.overtaken >= self._seconds(ticket, 0)
 
     def _rows(self, ticket: Ticket) -> int:
         """Rows of its next step: 2 with true CFG."""

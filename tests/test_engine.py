@@ -3,6 +3,7 @@
 import gc
 import random
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -178,6 +179,101 @@ def test_of_two_that_would_be_late_the_earlier_deadline_goes_first(bench):
     bench.run()
     assert bench.ended == {"sooner": 7.0, "later": 12.0}
     assert all(isinstance(events[-1], Done) for events in bench.events.values())
+
+
+def test_the_longer_goes_first_where_it_is_due_first(bench):
+    """Both have a step to spare; the shorter one, by which the mean wait would be less, is due later."""
+    bench.submit(Work("short", 4), seconds=10.9)
+    bench.submit(Work("long", 6), seconds=6.9)
+    bench.run()
+    assert bench.ended == {"long": 6.0, "short": 10.0}
+
+
+def test_who_is_let_in_is_not_made_late_by_who_comes_later(bench):
+    """A later one with a tighter deadline, which would take an earlier one's time, is refused."""
+    bench.submit(Work("accepted", 10), seconds=16)
+    bench.engine.step()
+    with pytest.raises(Overloaded):
+        bench.submit(Work("greedy", 12), seconds=12.5)
+    bench.submit(Work("modest", 5), seconds=5.5)
+    bench.run()
+    assert bench.ended == {"modest": 6.0, "accepted": 15.0}
+    assert all(isinstance(bench.events[name][-1], Done) for name in ("modest", "accepted"))
+
+
+def test_two_that_only_one_has_time_for_are_not_both_let_in(bench):
+    """Their deadlines together are what counts, not each against the other's rank of the moment."""
+    bench.submit(Work("first", 10), seconds=12)
+    with pytest.raises(Overloaded):
+        bench.submit(Work("second", 4), seconds=13)
+    bench.submit(Work("third", 4), seconds=14.5)
+    bench.run()
+    assert all(isinstance(bench.events[name][-1], Done) for name in ("first", "third"))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whoever_is_let_in_is_in_time(seed):
+    """Whatever comes when: a deadline that was accepted is kept, as long as steps take what they took."""
+    bench, draw = Bench(max_jobs=1000), random.Random(seed)
+    for number in range(200):
+        work = Work(str(number), draw.randint(1, 12), draw.choice([GAINING, FLAT]))
+        seconds = work.steps * draw.choice([1.2, 2, 5]) if draw.random() < 0.6 else float("inf")
+        with suppress(Overloaded):
+            bench.submit(work, seconds=seconds)
+        for _ in range(draw.randint(0, 12)):
+            bench.engine.step()
+            while bench.engine.finish():
+                pass
+    while bench.engine.step():
+        while bench.engine.finish():
+            pass
+    assert not [name for name, events in bench.events.items() if events and isinstance(events[-1], Failed)]
+    assert len(bench.ended) > 100
+
+
+def test_decoding_takes_time_too():
+    """A picture whose steps would end in time, but not its decoding, is refused, not drawn to be thrown away."""
+    bench = Bench()
+    finish = bench.painter.finish
+
+    def slow(drawing):
+        bench.painter.now += 3
+        return finish(drawing)
+
+    bench.painter.finish = slow
+    for number in range(20):
+        bench.submit(Work(str(number), 1))
+        bench.run()
+    with pytest.raises(DeadlineExceeded):
+        bench.submit(Work("hopeless", 4), seconds=6)
+    bench.submit(Work("in time", 4), seconds=8)
+    bench.run()
+    assert isinstance(bench.events["in time"][-1], Done)
+
+
+def test_who_cannot_begin_in_time_is_not_let_in():
+    """Where no more pictures may begin, a newcomer waits for the first of them to end."""
+    bench = Bench(max_begun=2)
+    for name, steps in (("a", 28), ("b", 20)):
+        bench.submit(Work(name, steps, GAINING))
+    bench.engine.step()
+    with pytest.raises(Overloaded):
+        bench.submit(Work("newcomer", 4), seconds=6)
+
+
+def test_a_long_picture_is_not_kept_waiting_by_deadlines_for_ever():
+    """Once it was overtaken for as long as its own work takes, tight deadlines are no longer let in before it."""
+    bench = Bench()
+    bench.submit(Work("long", 10))
+    for number in range(100):
+        with suppress(Overloaded):
+            bench.submit(Work(f"tight {number}", 2), seconds=2.5)
+        bench.engine.step()
+        bench.engine.step()
+        bench.engine.finish()
+        if "long" in bench.ended:
+            break
+    assert bench.ended["long"] <= 24
 
 
 def test_priority_goes_first_and_lower_ones_never_slow_it(bench):
