@@ -40,6 +40,11 @@ def check(settings: Settings) -> None:
 
     chosen = settings.acceleration
     _check_exclusions(chosen)
+    if chosen.step_cache and (settings.engine.max_rows or 1) > 1:
+        raise SettingsInvalid(
+            "PULID_ACCELERATION__STEP_CACHE decides row by row which steps to skip, and so draws one row a pass; leave "
+            "PULID_ENGINE__MAX_ROWS out, or set it to 1."
+        )
     known = sorted(name.value for name in AttentionBackendName if not name.value.endswith("_hub"))
     if chosen.attention not in known:  # those that end in _hub would fetch programs from the internet, and run them
         raise SettingsInvalid(

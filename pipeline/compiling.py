@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.models.flux import IdentityFlux
 from pipeline.models.folding import folded_attention
-from pipeline.models.modulation import NORMS, TableSlice, view_of
+from pipeline.models.modulation import TableSlice, view_of, with_norms
 
 # Graphs of one function. torch's own limit of 8 is soon reached: `regional` has 16 of three functions when it is warmed
 # up (tests/test_acceleration.py). `whole` may want more than this, and then draws without a graph.
@@ -107,23 +107,12 @@ class OwnRow(nn.Module):
         slices = [module for module in block.modules() if isinstance(module, TableSlice)]
         self.start = min(part.start for part in slices)
         self.stop = max(part.stop for part in slices)
-        norms = {name: getattr(block, name) for name in NORMS if hasattr(block, name)}
-        self.block = view_of(block, **{name: view_of(norm, linear=self._moved(norm)) for name, norm in norms.items()})
+        self.block = with_norms(block, lambda norm: view_of(norm, linear=self._moved(norm)))
 
     def _moved(self, norm: nn.Module) -> TableSlice:
         part = cast(TableSlice, norm.linear)
         return TableSlice(part.start - self.start, part.stop - self.start)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor],
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The block's own; temb is the whole row (B, W)."""
-        own = temb[:, self.start : self.stop]
-        return self.block(  # type: ignore[no-any-return]
-            hidden_states, encoder_hidden_states, own, image_rotary_emb, joint_attention_kwargs
-        )
+    def forward(self, image: Tensor, text: Tensor, row: Tensor, *others: Any) -> Any:
+        """The block's own; row: the whole one (B, W). As IdentityBlock calls it, by position."""
+        return self.block(image, text, row[:, self.start : self.stop], *others)

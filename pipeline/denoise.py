@@ -124,7 +124,8 @@ class FluxDenoiser:
         settings = self._settings
         shapes = [self.painter.shape_of(width, height, TEXT_TOKENS) for width, height in map(pixels, self._sizes)]
         warm_up(self._flux, self._uncond, dry_passes(self._compiled, shapes, self._max_rows))
-        self._curves.measure(self.painter.seconds, shapes, self._max_rows)
+        # Compiled whole, each number of rows would be one more graph, of minutes; what is not measured is not used.
+        self._curves.measure(self.painter.seconds, shapes, 1 if self._compiled == "whole" else self._max_rows)
         return Engine(
             self.painter,
             self._curves,

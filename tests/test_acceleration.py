@@ -296,3 +296,11 @@ def test_the_lean_mode_and_channels_last_draw_the_same_picture(untrained: Path) 
     assert np.array_equal(painted(untrained, memory="lean"), expected)
     assert np.abs(painted(untrained, vae_channels_last=True) - expected).max() <= 1
     assert not np.array_equal(painted(untrained, memory="cast"), expected)  # float8 is seen
+
+
+def test_a_step_cache_has_one_row() -> None:
+    """Whoever asks for more is told so, rather than given one."""
+    both = {"acceleration": {"step_cache": 0.1}, "engine": {"max_rows": 2}}
+    with pytest.raises(SettingsInvalid, match="MAX_ROWS"):
+        acceleration.check(Settings.model_validate(both))
+    acceleration.check(Settings.model_validate({"acceleration": {"step_cache": 0.1}}))

@@ -6,6 +6,7 @@ make the table are 3.25 of 11.90 billion parameters, and nothing else needs them
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -92,7 +93,7 @@ def read_table(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
         return view_of(norm, silu=nn.Identity(), linear=TableSlice(width - outputs, width))
 
     def reading_block(block: nn.Module) -> nn.Module:
-        return view_of(block, **{name: reading(getattr(block, name)) for name in NORMS if hasattr(block, name)})
+        return with_norms(block, reading)
 
     return view_of(  # the order of the arguments is that of the table
         transformer,
@@ -101,6 +102,11 @@ def read_table(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
         single_transformer_blocks=nn.ModuleList(map(reading_block, transformer.single_transformer_blocks)),
         norm_out=reading(transformer.norm_out),
     )
+
+
+def with_norms(block: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A view of a block whose norms are what `make` gives for each."""
+    return view_of(block, **{name: make(getattr(block, name)) for name in NORMS if hasattr(block, name)})
 
 
 def view_of(module: Module, **replaced: nn.Module) -> Module:
