@@ -24,7 +24,7 @@ WATCHED = 0.1  # the share of jobs whose events are read in the place of polling
 class Tally:
     """What the clients saw.
 
-    accepted: tenant by job. reads: seconds of each status read that was answered 200. retried: calls that had to be
+    accepted: tenant by job. reads: seconds of each status read until it was answered. retried: calls that had to be
     sent again, by status (0: broken connections). foreign: answers about other tenants' jobs, by status.
     """
 
@@ -138,8 +138,8 @@ class Client:
 
     async def _sent(self, method: str, path: str, reads: bool = False, **options: Any) -> httpx.Response:
         """One call, again where a replica was lost under it."""
+        began = time.perf_counter()  # the caller's own wait, calls that had to be sent again included
         while True:
-            began = time.perf_counter()
             try:
                 answer = await self._http.request(method, path, **options)
             except httpx.HTTPError:

@@ -219,17 +219,17 @@ def test_cancelling_a_stream_frees_its_row(url, settings, tmp_path):
     def watch(seed):
         wanted = Request.model_validate(body(ENDLESS, photo=None, seed=seed))
         stream = denoiser.options(stream=True).watch.remote(wanted, 0, prompt, None)
-        assert next(iter(stream)) == Queued(seed - 13)
+        assert next(iter(stream)) == Queued(seed - 31)
         return stream
 
-    drawn, waiting, last = map(watch, (13, 14, 15))
+    drawn, waiting, last = map(watch, (31, 32, 33))
     waiting.cancel()
     drawn.cancel()
-    asyncio.run(until(lambda: notes(settings.weights_dir, "stopped", "13")))
-    asyncio.run(until(lambda: notes(settings.weights_dir, "step", "15")))  # it came after the one that waited
+    asyncio.run(until(lambda: notes(settings.weights_dir, "stopped", "31")))
+    asyncio.run(until(lambda: notes(settings.weights_dir, "step", "33")))  # it came after the one that waited
     last.cancel()
-    asyncio.run(until(lambda: notes(settings.weights_dir, "stopped", "15")))
-    assert not notes(settings.weights_dir, "step", "14")
+    asyncio.run(until(lambda: notes(settings.weights_dir, "stopped", "33")))
+    assert not notes(settings.weights_dir, "step", "32")
 
 
 def test_the_deadline_stops_the_loop(url, settings):
