@@ -139,9 +139,12 @@ class Jobs:
             await self._board.end(job.id, job.state, open_view(job, None))
 
     async def _progress(self, job: Job) -> dict[str, int] | None:
-        """How far a running job is, where the board knows it at once."""
+        """How far a running job is, where this replica runs it, or the board knows it at once."""
         if job.state != "running":
             return None
+        here = self._runner.progress(job.id)
+        if here is not None:
+            return {"step": here[0], "steps": here[1]}
         with suppress(Exception):  # the last heartbeat's will do
             async with asyncio.timeout(GLANCE_SECONDS):
                 step = await self._board.latest(job.id)

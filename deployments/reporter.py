@@ -10,6 +10,7 @@ from pipeline.events import Event, Stepped
 from pipeline.progress import Position, ServerEvent, told
 
 PAUSE = 0.5  # seconds between two tries to reach a board that does not answer
+GATHER = 0.05  # seconds in which events are gathered for one call to the board; a step on a GPU takes longer
 FLUSH = 3.0  # seconds for which an end is worth telling; whoever misses it finds it in the store
 
 
@@ -94,6 +95,8 @@ class Reporter:
         while True:
             await self._more.wait()
             self._more.clear()
+            if not self._events[-1].ends:
+                await asyncio.sleep(GATHER)
             while self._sent < len(self._events):
                 batch = self._events[self._sent :]
                 try:

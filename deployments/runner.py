@@ -81,6 +81,10 @@ class Runner:
         """How many queued jobs go before one; None where it is not known to be queued."""
         return self._queue.get(job_id)
 
+    def progress(self, job_id: str) -> tuple[int, int] | None:
+        """Steps done and in all of a job that runs here; None where it does not."""
+        return self._worker.progress(job_id)
+
     def stop(self, job_id: str) -> None:
         """Stop a job at once whose record says that it is over, if it runs here."""
         if job_id in self._tasks:

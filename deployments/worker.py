@@ -57,7 +57,7 @@ class Outbox(Protocol):
 
 
 class Worker:
-    """Runs jobs; of each it keeps nothing but what is still to be told of its end."""
+    """Runs jobs; of each it keeps how far it is, and what is still to be told of its end."""
 
     def __init__(
         self, jobs: JobStore, images: ImageStore, make: Make, board: BoardClient, outbox: Outbox, settings: JobSettings
@@ -65,6 +65,7 @@ class Worker:
         self._jobs, self._images, self._make = jobs, images, make
         self._board, self._outbox, self._settings = board, outbox, settings
         self._telling: set[asyncio.Task[None]] = set()
+        self._reporters: dict[str, Reporter] = {}  # of the jobs that run here
 
     async def run(self, held: Held, owner: str) -> bool:
         """Claim a job and bring it to its end; False where it could not be claimed.
@@ -79,7 +80,7 @@ class Worker:
             log.warning("job %s cannot be claimed: %s", held.job.id, error.code)
             return False
         lease = Lease(self._jobs, held)
-        reporter = Reporter(self._board, held.job.id, held.job.attempt)
+        reporter = self._reporters[held.job.id] = Reporter(self._board, held.job.id, held.job.attempt)
         try:
             await self._hold(lease, reporter)
         except LeaseLost:
@@ -89,11 +90,17 @@ class Worker:
                 await lease.change(state="queued", owner="")
             raise
         finally:
+            del self._reporters[held.job.id]
             await reporter.close()
             if not lease.job.over:
                 with suppress(StoreError):  # else whoever settles the job removes what is left
                     await asyncio.to_thread(self._images.discard, held.job.id, held.job.attempt)
         return True
+
+    def progress(self, job_id: str) -> tuple[int, int] | None:
+        """Steps done and in all of a job that runs here."""
+        reporter = self._reporters.get(job_id)
+        return None if reporter is None else reporter.progress
 
     async def finish(self, held: Held, announce: Announce | None = None) -> bool:
         """Settle the end of a job, and tell it; without `announce`, of one that nobody was at for a whole lease.
