@@ -36,6 +36,7 @@ from deployments import (
     replicate_files,
 )
 from deployments.admission import Admission
+from deployments.hosts import OwnHost
 from deployments.keys import Authenticate, open_keys
 from deployments.limits import Limits
 from deployments.service import Service
@@ -62,7 +63,7 @@ def create_api(service: Service, settings: Settings, lifespan: Lifespan | None =
     maker = making.Maker(service, admission, settings.limits, settings.jobs)
     for router in (
         making.router(maker),
-        jobs_api.router(service),
+        jobs_api.router(service, admission),
         identities_api.router(service.identities, admission, settings.limits),
         openai_api.router(openai_api.Images(service, admission, settings.limits, settings.preset)),
         replicate_api.router(service, admission, settings),
@@ -77,7 +78,10 @@ def create_api(service: Service, settings: Settings, lifespan: Lifespan | None =
             return openai_errors.refusal(error, retry_after)
         return problems.response(error, retry_after)
 
-    app.add_middleware(Authenticate, keys=open_keys(settings.keys), spend=limits.spend, refusal=refusal)
+    keys = open_keys(settings.keys)
+    app.add_middleware(Authenticate, keys=keys, spend=limits.spend, refusal=refusal)
+    if keys is None:
+        app.add_middleware(OwnHost, refusal=refusal)
     app.add_middleware(problems.LastResort, refusal=refusal)
 
     @app.exception_handler(PipelineError)

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import os
 import secrets
@@ -17,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments import problems
+from deployments.hosts import is_loopback
 from pipeline.errors import KeyInvalid, PipelineError, SettingsInvalid
 from pipeline.settings import KeySettings, Settings
 
@@ -141,7 +141,7 @@ def check_exposure(settings: Settings, host: str) -> None:
     """No key is needed on this machine's own address with a local folder; all else raises SettingsInvalid without."""
     if open_keys(settings.keys) is not None:
         return
-    if not _loopback(host):
+    if not is_loopback(host):
         wrong = f"Listening on {host} lets other machines in"
     elif not settings.store.url.startswith("file://"):
         wrong = f"{settings.store.url} is a store beyond this machine"
@@ -151,15 +151,6 @@ def check_exposure(settings: Settings, host: str) -> None:
         f"{wrong}, which takes API keys, and there are none. Make one with `pulid keys new TENANT --file keys.json`, "
         "and name the file in keys.file (PULID_KEYS__FILE)."
     )
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def as_problem(_: Scope, error: PipelineError) -> Response:

@@ -10,6 +10,7 @@ from pipeline.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     FaceError,
+    HostRefused,
     IdentityNotFound,
     IdentityOutdated,
     KeyInvalid,
@@ -48,7 +49,7 @@ def told(error: PipelineError) -> dict[str, Any]:
 
 def status(error: PipelineError) -> int:
     """By which OpenAI's SDK chooses its exception: BadRequestError for all that is wrong with a request's values."""
-    if isinstance(error, BadInput) and not isinstance(error, KeyInvalid | BodyTooLarge):
+    if isinstance(error, BadInput) and not isinstance(error, KeyInvalid | HostRefused | BodyTooLarge):
         return 400
     return error.status
 

@@ -4,6 +4,7 @@ PipelineError                     code, status
 ├── BadInput                      the caller can mend it: 4xx
 │   ├── MalformedBody             400  malformed_body
 │   ├── KeyInvalid                401  key_invalid
+│   ├── HostRefused               403  host_refused
 │   ├── UnsupportedContentType    415  unsupported_content_type
 │   ├── BodyTooLarge              413  body_too_large
 │   ├── InvalidRequest            422  invalid_request
@@ -80,8 +81,14 @@ class KeyInvalid(BadInput):
     status = 401
 
 
+class HostRefused(BadInput):
+    """A service without API keys was called by another name than this machine's own, or from another host's page."""
+
+    status = 403
+
+
 class UnsupportedContentType(BadInput):
-    """The body is not sent as plain application/json."""
+    """The body is of a type that is not read here, is compressed, or says it has another charset than UTF-8."""
 
     status = 415
 

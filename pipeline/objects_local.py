@@ -2,22 +2,27 @@
 
 {root}/{key}                  an object: complete at every moment, whoever is killed
 {root}/.writing/{shard}.lock  held by the one writer of the shard's keys; the system lets go of a killed one's
-{root}/.writing/{shard}.new   what the writer writes before it takes the object's place; a killed one's is written
-                              over by the next
+{root}/.writing/{shard}.new   what the writer writes before it takes the object's place; a killed one's is removed
+                              by the next
+
+Only the account of the service can read any of it, whatever its umask: photos and what is made of faces lie here.
 """
 
 import errno
 import fcntl
 import hashlib
 import os
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import StoreError, StoreMisconfigured, StoreUnavailable
 from pipeline.objects import JSON, KEY, Entry, Object, checked_key, honours_conditions, overtaken
 
 SHARDS = 256
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 RACES = 100  # lost in a row against those who remove an empty folder
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
@@ -25,7 +30,11 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LocalObjects:
-    """Objects as files; see pipeline.objects.Objects. The version of an object is the sha256 of its bytes."""
+    """Objects as files; see pipeline.objects.Objects.
+
+    The version of an object is its file's number, time and size, so that a listing reads no file. Each write is another
+    file, and never older than the one whose place it takes: no version comes back.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root.expanduser().absolute()
@@ -56,10 +65,10 @@ class LocalObjects:
         path = self._path(key)
         with self._faults():
             try:
-                data = path.read_bytes()
+                with path.open("rb") as file:  # which stays what it is: another write is another file
+                    return Object(file.read(), _etag(os.fstat(file.fileno())))
             except (FileNotFoundError, IsADirectoryError):
                 return None
-        return Object(data, _etag(data))
 
     def delete(self, key: str) -> None:
         """See Objects. Folders that are empty then go too."""
@@ -79,7 +88,7 @@ class LocalObjects:
             self._remove_empty(path.parent)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """See Objects. Reads each object that it gives, and only folders in which there may be one."""
+        """See Objects. Reads no object, and only folders in which there may be one."""
         folder = prefix.rpartition("/")[0]
         with self._faults():
             yield from self._walk(checked_key(folder) if folder else "", prefix)
@@ -93,18 +102,15 @@ class LocalObjects:
 
     def _write(self, key: str, data: bytes, expected: str | None) -> str:
         """Write where version `expected` is (None: where nothing is), unless the same bytes are there already."""
-        path, etag = self._path(key), _etag(data)
+        path = self._path(key)
         with self._faults(), self._locked(_shard(key)) as workspace:
-            found = self.get(key)
-            if found is not None and found.etag == etag:
-                return etag
-            if (None if found is None else found.etag) != expected:
+            found = _stat(path)
+            if found is not None and found.st_size == len(data) and path.read_bytes() == data:
+                return _etag(found)
+            if (None if found is None else _etag(found)) != expected:
                 raise overtaken()
             try:
-                with workspace.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                etag = _written(workspace, data, after=found)
                 self._place(workspace, path)
             except BaseException:
                 workspace.unlink(missing_ok=True)
@@ -114,7 +120,7 @@ class LocalObjects:
     def _place(self, workspace: Path, path: Path) -> None:
         for left in reversed(range(RACES)):
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                _make_folder(path.parent)
                 workspace.replace(path)
                 break
             except FileNotFoundError:  # the folder was empty, and somebody has removed it
@@ -151,14 +157,14 @@ class LocalObjects:
             if key.endswith("/"):
                 if key.startswith(prefix) or prefix.startswith(key):
                     yield from self._walk(key[:-1], prefix)
-            elif key.startswith(prefix) and (kept := self.get(key)) is not None:
-                yield Entry(key, kept.etag)
+            elif key.startswith(prefix) and (kept := _stat(self._root / key)) is not None:
+                yield Entry(key, _etag(kept))
 
     @contextmanager
     def _locked(self, shard: str) -> Iterator[Path]:
         """Keep all other writers of a shard out; gives the file to write before it takes an object's place."""
-        self._writing.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._writing / f"{shard}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        _make_folder(self._writing)
+        descriptor = _open(self._writing / f"{shard}.lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield self._writing / f"{shard}.new"
@@ -174,8 +180,55 @@ class LocalObjects:
             raise _fault(error, self._root) from error
 
 
-def _etag(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """What is known of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return None if stat.S_ISDIR(found.st_mode) else found
+
+
+def _written(workspace: Path, data: bytes, after: os.stat_result | None) -> str:
+    """Bring bytes to the disk in a file that is newer than the one whose place it will take; returns its version."""
+    workspace.unlink(missing_ok=True)  # of a killed writer; never the same file twice
+    with open(_open(workspace, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        file.write(data)
+        file.flush()
+        found = _dated(file.fileno(), after)
+        os.fsync(file.fileno())
+        return _etag(found)
+
+
+def _dated(descriptor: int, after: os.stat_result | None) -> os.stat_result:
+    """Give a file the time that it is now, which is finer than what the system would, or a later one than `after`."""
+    now, grain = time.time_ns(), 1
+    while True:
+        os.utime(descriptor, ns=(now, now))
+        found = os.fstat(descriptor)
+        if after is None or found.st_mtime_ns > after.st_mtime_ns:
+            return found
+        now, grain = after.st_mtime_ns + grain, grain * 1000  # some disks keep microseconds or seconds alone
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a file; one that is new is private."""
+    return os.open(path, flags, PRIVATE_FILE)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it; those that are new are private, all others stay as they are."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        with suppress(FileExistsError):  # another was quicker
+            new.mkdir(PRIVATE_FOLDER)
 
 
 def _shard(key: str) -> str:

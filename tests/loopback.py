@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
+HERE = "http://127.0.0.1"  # by which an application is called that has no port; other names it may refuse
 DROP = None  # in the place of an answer: the connection is closed without one
 
 

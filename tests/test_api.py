@@ -12,6 +12,7 @@ from pipeline.request import Request
 from pipeline.settings import LimitSettings, Settings
 from pipeline.stored import Content
 from tests.fakes import A_FACE, NO_FACE
+from tests.loopback import HERE
 from tests.service import InProcess
 
 SECRET = "a very private wish"
@@ -57,7 +58,7 @@ def send(tmp_path):
     def send(method, path, service=calm, limits=LIMITS, **options):
         async def go():
             transport = httpx.ASGITransport(create_api(service, Settings(limits=limits)))
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url=HERE) as client:
                 return await client.request(method, path, **options)
 
         return asyncio.run(go())
@@ -250,7 +251,7 @@ def test_beyond_max_requests_the_api_itself_refuses(tmp_path):
 
     async def go():
         transport = httpx.ASGITransport(create_api(service, Settings(limits=limits)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url=HERE) as client:
             first = asyncio.ensure_future(client.post("/v1/images", json=SMALL))
             while not service.waiting:
                 await asyncio.sleep(0)

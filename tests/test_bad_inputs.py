@@ -19,6 +19,7 @@ from deployments.api import create_api
 from pipeline.faces import FaceDetector
 from pipeline.flow import Stages, chain
 from pipeline.settings import LimitSettings, Settings
+from tests.loopback import HERE
 from tests.service import InProcess
 from tests.test_fetch import ODD_ADDRESSES
 from tests.test_photos import DAMAGED, HUGE, OTHERS
@@ -50,7 +51,7 @@ def post(tmp_path_factory):
     def post(**person):
         async def go():
             transport = httpx.ASGITransport(api)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url=HERE) as client:
                 return await client.post("/v1/images", json={"prompt": "portrait", "people": [person]}, timeout=60)
 
         answer = asyncio.run(go())

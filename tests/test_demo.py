@@ -13,6 +13,7 @@ from pipeline.errors import FaceIndexOutOfRange
 from pipeline.models.alignment import overlap
 from pipeline.settings import LimitSettings, Settings
 from pipeline.stored import Stored
+from tests.loopback import HERE
 from tests.service import InProcess as OneProcess
 
 # where one sees them: the astronaut's face, and the middles of the six people's, from the left
@@ -71,7 +72,7 @@ def client(settings, tmp_path_factory):
     api = create_api(
         Service(tmp_path_factory.mktemp("notes"), settings), Settings(limits=LimitSettings(request_seconds=120))
     )
-    with httpx.Client(transport=InProcess(api), base_url="http://demo") as client:
+    with httpx.Client(transport=InProcess(api), base_url=HERE) as client:
         yield client
 
 
@@ -99,7 +100,7 @@ def test_another_number_of_faces_is_told(tmp_path, count, how):
     """Where no face is found, or one too many, the demo ends with a sentence."""
     service = InProcess(create_api(Finds(tmp_path, count), Settings(limits=LimitSettings())))
     with (
-        httpx.Client(transport=service, base_url="http://demo") as client,
+        httpx.Client(transport=service, base_url=HERE) as client,
         pytest.raises(SystemExit, match=f"astronaut .* {how}"),
     ):
         list(real_faces(client))

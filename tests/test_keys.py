@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,10 +17,12 @@ from starlette.responses import PlainTextResponse
 from typer.testing import CliRunner
 
 from cluster.cli import app as pulid
+from cluster.keys_cli import add
 from deployments.keys import Authenticate, Caller, Entry, KeyFile, check_exposure, fingerprint, new_key, read_entries
 from deployments.limits import Limits
 from pipeline.errors import KeyInvalid, SettingsInvalid
 from pipeline.settings import KeySettings, Settings, StoreSettings
+from tests.loopback import HERE
 
 KEY, OTHER = "pulid_of-tests-only", "pulid_another-of-tests-only"
 
@@ -59,7 +63,7 @@ def get(keys, *headers, path="/v1/images", spend=lambda caller: None, **options)
 
     async def go():
         transport = httpx.ASGITransport(Authenticate(service, keys, spend, **options))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url=HERE) as client:
             return await client.get(path, headers=list(headers))
 
     return asyncio.run(go())
@@ -317,6 +321,15 @@ def test_a_new_key_is_shown_once_and_opens_the_file_it_was_added_to(tmp_path):
     assert (keys.caller(one.encode()).tenant, keys.caller(one.encode()).max_jobs) == ("acme", 3)
     assert keys.caller(two.encode()) == Caller("other", fingerprint(two))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_keys_that_are_added_at_once_are_all_there(tmp_path):
+    """Nobody writes over what another has just added."""
+    path = tmp_path / "keys.json"
+    added = [Entry.model_validate(entry(key=str(number))) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(add, path), added))
+    assert sorted(one.sha256 for one in read_entries(path)[0]) == sorted(one.sha256 for one in added)
 
 
 def test_without_a_file_the_entry_is_printed():

@@ -1,6 +1,7 @@
 """Objects: conditional writes in a folder, whoever is killed, and in S3, whatever is lost on the way."""
 
-import hashlib
+import os
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -143,8 +144,8 @@ def process(code: str, *arguments: object) -> subprocess.Popen:
 
 RACE = """
 print("ready", flush=True)
-etag = sys.stdin.readline().strip()
-for number in range(20):
+etags = sys.stdin.readline().split()
+for number, etag in enumerate(etags):
     for write in (
         lambda: objects.create(f"created/{number}", name.encode()),
         lambda: objects.replace(f"replaced/{number}", name.encode(), etag),
@@ -161,12 +162,12 @@ for number in range(20):
 def test_of_many_processes_one_wins(tmp_path):
     """Of 8 processes that write 40 objects at once, one wins each, and its bytes are there."""
     objects = LocalObjects(tmp_path)
-    etag = [objects.create(f"replaced/{number}", b"first") for number in range(20)][0]
+    etags = [objects.create(f"replaced/{number}", b"first") for number in range(20)]
     racers = [process(RACE, tmp_path, number) for number in range(8)]
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
     for racer in racers:
-        racer.stdin.write(f"{etag}\n")
+        racer.stdin.write(" ".join(etags) + "\n")
         racer.stdin.flush()
     outcomes = [racer.communicate()[0].split() for racer in racers]
     for number, outcome in enumerate(zip(*outcomes, strict=True)):
@@ -241,9 +242,49 @@ def test_folders_come_and_go(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".writing"]
 
 
-def test_the_version_in_a_folder_is_the_sha256(tmp_path, key):
-    """The version of a file follows from its bytes alone."""
-    assert LocalObjects(tmp_path).create(key, b"one") == hashlib.sha256(b"one").hexdigest()
+def test_a_listing_of_a_folder_reads_no_object(tmp_path, key):
+    """What is listed costs nothing of its size."""
+    objects = LocalObjects(tmp_path)
+    objects.create(key, b"one")
+    os.truncate(tmp_path / key, 1 << 40)  # a hole of a terabyte, which no memory holds
+    assert listed(objects, key) == [key]
+
+
+def test_no_version_of_a_file_comes_back(tmp_path, key):
+    """However fast an object is written over or made anew, also by bytes that it had before, its version is new."""
+    objects = LocalObjects(tmp_path)
+    versions = [objects.create(key, b"two")]
+    for _ in range(50):
+        versions.append(objects.replace(key, b"one", versions[-1]))
+        versions.append(objects.replace(key, b"two", versions[-1]))
+        objects.delete(key)
+        versions.append(objects.create(key, b"two"))
+    assert len(set(versions)) == len(versions)
+
+
+def test_a_version_is_new_though_clocks_are_not(tmp_path, key):
+    """Over a file that bears a later time than it is now, the next one bears one that is later still."""
+    objects = LocalObjects(tmp_path)
+    objects.create(key, b"one")
+    os.utime(tmp_path / key, (4e9, 4e9))
+    objects.replace(key, b"two", objects.get(key).etag)
+    assert (tmp_path / key).stat().st_mtime_ns > 4_000_000_000_000_000_000
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o077])
+def test_what_lies_in_a_folder_is_private(tmp_path, mask):
+    """Files are 0600 and folders 0700 by whatever umask; a folder that was there before stays as it was."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs").chmod(0o755)
+    before = os.umask(mask)
+    try:
+        LocalObjects(tmp_path / "theirs" / "a" / "pictures").create("files/b/c.photo", b"a face")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "theirs").rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}
+    assert stat.S_IMODE((tmp_path / "theirs").stat().st_mode) == 0o755
 
 
 def test_a_lost_answer_is_no_conflict(s3_endpoint, key):
