@@ -35,7 +35,8 @@ class Identities:
 
         Cancelled, it leaves nothing stored.
         """
-        self._store.lifetime(new)  # refused before anything is computed
+        self._store.lifetime(new)  # refused before anything is computed, as what follows
+        await asyncio.to_thread(self._store.check_room, tenant)
         try:
             faces = await self._stages.read_faces(new.person, tenant)
         except (PhotoError, FaceError) as error:

@@ -2,24 +2,41 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 
 import fastapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from deployments.admission import Admission
 from deployments.answers import JobAnswer, picture
 from deployments.problems import documented
 from deployments.service import Service, caller, prompt_answer
-from pipeline.errors import ImageNotFound, StoreUnavailable
+from pipeline.errors import ImageNotFound, Overloaded, StoreUnavailable
 from pipeline.progress import Position, ServerEvent
 
 STORE = "The store"
 STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not gather events
 
 
-def router(service: Service) -> fastapi.APIRouter:
+class EventStream(StreamingResponse):
+    """Server-sent events, for which a place is taken before the answer begins."""
+
+    def __init__(self, events: AsyncIterator[str], place: AbstractContextManager[None]) -> None:
+        super().__init__(events, 200, STREAM, "text/event-stream")
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI protocol; raises what taking the place does."""
+        with self._place:
+            await super().__call__(scope, receive, send)
+
+
+def router(service: Service, admission: Admission) -> fastapi.APIRouter:
     """The routes below /v1/images/{id}."""
     routes = fastapi.APIRouter()
     errors = documented(ImageNotFound, StoreUnavailable)
+    streamed = {200: {"content": {"text/event-stream": {}}}, **documented(ImageNotFound, Overloaded, StoreUnavailable)}
 
     @routes.get("/v1/images/{image_id}", response_model=JobAnswer, responses=errors)
     async def view(http: fastapi.Request, image_id: str) -> Response:
@@ -28,14 +45,14 @@ def router(service: Service) -> fastapi.APIRouter:
         """
         return JSONResponse(await prompt_answer(service.jobs.view(caller(http).tenant, image_id), STORE))
 
-    @routes.get("/v1/images/{image_id}/events", responses={200: {"content": {"text/event-stream": {}}}, **errors})
+    @routes.get("/v1/images/{image_id}/events", responses=streamed)
     async def events(http: fastapi.Request, image_id: str) -> Response:
         """What happens to a job, as server-sent events; after Last-Event-ID where a client comes back."""
         after = Position.parse(http.headers.get("last-event-id", ""))
         tenant = caller(http).tenant
         await prompt_answer(service.jobs.view(tenant, image_id), STORE)  # or the answer would begin before its 404
         stream = as_text(service.jobs.follow(tenant, image_id, after))
-        return StreamingResponse(stream, 200, STREAM, "text/event-stream")
+        return EventStream(stream, admission.waiting(caller(http)))
 
     @routes.post("/v1/images/{image_id}/cancel", response_model=JobAnswer, responses=errors)
     async def cancel(http: fastapi.Request, image_id: str) -> Response:

@@ -9,6 +9,7 @@ from deployments.keys import Caller
 from pipeline.errors import RateLimited
 
 MINUTE = 60.0  # seconds
+WAITS = 8  # streams and waiting requests that every tenant may have open
 WEIGHT = 0.2  # of the newest request in the mean of how long they take
 
 
@@ -59,6 +60,15 @@ class Limits:
             making.remove(now)
             if not making:
                 del self._making[caller.tenant]
+
+    def check_waiting(self, caller: Caller, waiting: int, most: int) -> None:
+        """Whether one more of a tenant's may wait beside `waiting`; raises RateLimited.
+
+        As many as it may have jobs, but always some; at most `most`. Nobody in particular has no bound of their own.
+        """
+        allowed = min(most, max(WAITS, caller.max_jobs or most))
+        if caller.key and waiting >= allowed:
+            raise _limited(f"This API key may have {allowed} streams and waiting requests open", self._usual)
 
 
 def _limited(what: str, wait: float) -> RateLimited:

@@ -8,7 +8,7 @@ store before anything is made of it.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -88,13 +88,20 @@ class Maker:
         started = time.perf_counter()
         preference = Preference.parse(http.headers.get("prefer", ""), self._jobs.wait_seconds)
         key = idempotency_key(http.headers)
-        async with in_time(self._limits) as clock:
-            with self._admission.admitted(caller(http)):
-                request = await read_request(http.headers, http.stream(), self._limits.max_body_bytes)
-                if not (preference.asynchronous or lasting(request, key)):
-                    return await self._image(http, request, clock, started)
-                view, replayed = await self._service.jobs.submit(request, caller(http).tenant, key)
-        response = await self._job(http, view, preference, lasting(request, key))
+        seconds = preference.wait if preference.asynchronous else self._limits.request_seconds
+        with ExitStack() as place:
+            async with in_time(self._limits) as clock:
+                with self._admission.admitted(caller(http)):
+                    request = await read_request(http.headers, http.stream(), self._limits.max_body_bytes)
+                    if not (preference.asynchronous or lasting(request, key)):
+                        return await self._image(http, request, clock, started)
+                    if seconds:
+                        place.enter_context(self._admission.waiting(caller(http)))
+                    tenant = caller(http).tenant
+                    view, replayed = await self._service.jobs.submit(request, tenant, key)
+            if seconds:
+                view = await waited(self._service.jobs, tenant, view, seconds, lasting(request, key))
+        response = await self._answered(http, view, preference, key)
         if replayed:
             response.headers["Idempotency-Replayed"] = "true"
         return response
@@ -109,13 +116,9 @@ class Maker:
             return JSONResponse(answer(stored, time.perf_counter() - started))
         return await self._pixels(stored.id, tenant)
 
-    async def _job(self, http: fastapi.Request, view: dict[str, Any], preference: Preference, kept: bool) -> Response:
-        seconds = preference.wait if preference.asynchronous else self._limits.request_seconds
-        if seconds:
-            view = await waited(self._service.jobs, caller(http).tenant, view, seconds, kept)
-        return await self._answered(http, view, preference)
-
-    async def _answered(self, http: fastapi.Request, view: dict[str, Any], preference: Preference) -> Response:
+    async def _answered(
+        self, http: fastapi.Request, view: dict[str, Any], preference: Preference, key: str | None
+    ) -> Response:
         if view["status"] == "succeeded":
             if wants_picture(http.headers.get("accept", "")):
                 return await self._pixels(view["id"], caller(http).tenant)
@@ -124,9 +127,11 @@ class Maker:
             return JSONResponse(view["error"], view["error"]["status"], media_type=problems.MEDIA_TYPE)
         if view["status"] == "cancelled":
             raise Cancelled("The job was cancelled; send its request again under a new Idempotency-Key.")
-        if not preference.asynchronous:
+        headers = {"Location": view["record"], "Retry-After": "1"}
+        if preference.asynchronous:
+            headers["Preference-Applied"] = preference.applied
+        elif key is not None:  # without one there is a webhook, and nothing else by which to learn of the job
             raise DeadlineExceeded("The job goes on; send the same request with the same Idempotency-Key to wait on.")
-        headers = {"Location": view["record"], "Retry-After": "1", "Preference-Applied": preference.applied}
         return JSONResponse(view, 202, headers)
 
     async def _pixels(self, image_id: str, tenant: str) -> Response:

@@ -14,16 +14,17 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 
 import fastapi
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from deployments import problems
 from deployments.addresses import base_url
 from deployments.admission import Admission
 from deployments.answers import picture
 from deployments.body import read
-from deployments.jobs_api import STORE, STREAM
+from deployments.jobs_api import STORE, EventStream
 from deployments.making import idempotency_key, in_time
 from deployments.replicate_body import Create, Reference, body_schema, echo, named, reference, request
 from deployments.replicate_files import with_files
@@ -39,13 +40,13 @@ from deployments.replicate_view import (
     version,
 )
 from deployments.service import Service, caller, lasting, prompt_answer, waited
-from pipeline.errors import ImageNotFound, StoreUnavailable, WebhookRefused
+from pipeline.errors import ImageNotFound, Overloaded, StoreUnavailable, WebhookRefused
 from pipeline.jobs import ENDS
 from pipeline.photos import media_type
 from pipeline.progress import Position, ServerEvent
 from pipeline.settings import Settings
 from pipeline.stored import Content
-from pipeline.webhooks import tenant_secret
+from pipeline.webhooks import read_secret, tenant_secret
 
 MODELS = "/v1/models/{owner}/{name}"
 LONGEST_WAIT = 60.0  # seconds, Replicate's own bound
@@ -71,20 +72,21 @@ class Predictions:
         """One POST; `model` is OWNER/NAME where the address names it."""
         wait, base = wait_seconds(http.headers.get("prefer", ""), self._longest), base_url(http)
         key = idempotency_key(http.headers)
-        async with in_time(self._limits):
-            with self._admission.admitted(caller(http)):
-                most = self._limits.max_body_bytes
-                body = await read(Create, http.headers, http.stream(), most)
-                meant = reference(body) if model is None else Reference(model)
-                given = {name: value for name, value in body.input.items() if value is not None}
-                tenant = caller(http).tenant
-                whole = await with_files(body.input, base, most, lambda file_id: self._file(file_id, tenant))
-                asked = await asyncio.to_thread(request, body.model_copy(update={"input": whole}))
-                came = origin(base, meant.model, meant.version, echo(given))
-                with named(given):
-                    view, replayed = await self._service.jobs.submit(asked, tenant, key, came)
-        if wait:
-            view = await waited(self._service.jobs, tenant, view, wait, lasting(asked, key))
+        with self._admission.waiting(caller(http)) if wait else nullcontext():
+            async with in_time(self._limits):
+                with self._admission.admitted(caller(http)):
+                    most = self._limits.max_body_bytes
+                    body = await read(Create, http.headers, http.stream(), most)
+                    meant = reference(body) if model is None else Reference(model)
+                    given = {name: value for name, value in body.input.items() if value is not None}
+                    tenant = caller(http).tenant
+                    whole = await with_files(body.input, base, most, lambda file_id: self._file(file_id, tenant))
+                    asked = await asyncio.to_thread(request, body.model_copy(update={"input": whole}))
+                    came = origin(base, meant.model, meant.version, echo(given))
+                    with named(given):
+                        view, replayed = await self._service.jobs.submit(asked, tenant, key, came)
+            if wait:
+                view = await waited(self._service.jobs, tenant, view, wait, lasting(asked, key))
         headers = {"Idempotency-Replayed": "true"} if replayed else {}
         status = 202 if wait and view["status"] not in ENDS else 201
         return JSONResponse(created(view, base), status, headers)
@@ -104,7 +106,7 @@ class Predictions:
         tenant, after = caller(http).tenant, Position.parse(http.headers.get("last-event-id", ""))
         await prompt_answer(self._service.jobs.view(tenant, prediction_id), STORE)
         events = self._service.jobs.follow(tenant, prediction_id, after)
-        return StreamingResponse(_as_text(events, base_url(http)), 200, STREAM, "text/event-stream")
+        return EventStream(_as_text(events, base_url(http)), self._admission.waiting(caller(http)))
 
     async def output(self, http: fastapi.Request, prediction_id: str, name: str) -> Response:
         """The pixels of a picture, themselves: SDKs follow no redirect, and would take their key along."""
@@ -128,7 +130,7 @@ def router(service: Service, admission: Admission, settings: Settings) -> fastap
     @routes.get("/v1/webhooks/default/secret", responses=problems.documented(WebhookRefused))
     async def secret(http: fastapi.Request) -> Response:
         """By which the caller's webhooks are signed."""
-        key = tenant_secret(settings.webhooks.secret, caller(http).tenant)
+        key = tenant_secret(await asyncio.to_thread(read_secret, settings.webhooks), caller(http).tenant)
         return JSONResponse({"key": key}, headers={"Cache-Control": "no-store"})
 
     return routes
@@ -161,7 +163,7 @@ def _predictions(routes: fastapi.APIRouter, predictions: Predictions) -> None:
         """Stop a prediction; one that has ended stays as it is."""
         return await predictions.cancel(http, prediction_id)
 
-    @routes.get(f"{PREDICTIONS}/{{prediction_id}}/stream", responses=missing)
+    @routes.get(f"{PREDICTIONS}/{{prediction_id}}/stream", responses={**missing, **problems.documented(Overloaded)})
     async def stream(http: fastapi.Request, prediction_id: str) -> Response:
         """What happens to a prediction, as server-sent events: logs, output, then error or done."""
         return await predictions.stream(http, prediction_id)

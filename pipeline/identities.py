@@ -44,6 +44,7 @@ ROLES = ("detector", "recogniser", "retinaface", "parsing", "eva_clip", "pulid")
 PUBLIC = ("id", "name", "created", "expires", "fusion", "faces", "similarity")  # of a record, for its owner
 ORPHAN_SECONDS = 3600.0  # far beyond what storing an identity takes; what has no record then never gets one
 READS = 16  # records read at a time
+MOST = 1000  # of one tenant, so that a listing has an end
 
 
 class IdentityStore:
@@ -74,6 +75,13 @@ class IdentityStore:
             error.fields = (("seconds", most),)
             raise error
         return new.seconds
+
+    def check_room(self, tenant: str = "") -> None:
+        """Raises InvalidRequest where a tenant has as many identities as it may; the next is then not to be made."""
+        if sum(entry.key.endswith(".json") for entry in self._objects.list(_path(tenant))) >= MOST:
+            raise InvalidRequest(
+                f"There are {MOST} stored identities, the most of one caller; erase some that are old."
+            )
 
     def save(
         self, identity_id: str, new: NewIdentity, faces: Faces, identity: Identity, tenant: str = ""

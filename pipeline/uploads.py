@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.errors import ImageNotFound, PhotoTooLarge, PhotoTypeUnsupported, StoreCorrupt
+from pipeline.errors import ImageNotFound, InvalidRequest, PhotoTooLarge, PhotoTypeUnsupported, StoreCorrupt
 from pipeline.jobs import begun, moment, new_id
 from pipeline.objects import Objects, tenant_folder
 from pipeline.photos import media_type
@@ -25,6 +25,7 @@ ID = re.compile(r"[0-9a-f]{32}")
 KEY = re.compile(rf"{KIND}/[^/]+/([0-9a-f]{{32}})\.(?:json|photo)")
 SECONDS = 86_400.0  # for which a file is kept
 READS = 16  # records read at a time
+MOST = 1000  # of one tenant, so that a listing has an end
 
 
 class UploadStore:
@@ -43,13 +44,15 @@ class UploadStore:
     ) -> dict[str, Any]:
         """Keep a photo; returns its record. `name` and `metadata` are labels for its owner.
 
-        Raises PhotoTooLarge, PhotoTypeUnsupported.
+        Raises PhotoTooLarge, PhotoTypeUnsupported, and InvalidRequest where the tenant has as many as it may.
         """
         kind = media_type(data)
         if len(data) > self.max_bytes:
             raise PhotoTooLarge(f"The file has more than {self.max_bytes} bytes; send a smaller one.")
         if kind is None:
             raise PhotoTypeUnsupported("The file is not a JPEG, PNG or WebP picture; convert it to one.")
+        if sum(entry.key.endswith(".json") for entry in self._objects.list(_path(tenant))) >= MOST:
+            raise InvalidRequest(f"There are {MOST} files, the most of one caller; erase some that are not needed.")
         file_id, created = new_id(), self._clock()
         record = {
             "version": VERSION,

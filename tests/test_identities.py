@@ -22,13 +22,14 @@ from deployments.limits import Limits
 from pipeline import flow
 from pipeline.errors import IdentityNotFound, IdentityOutdated, PipelineError, StoreCorrupt
 from pipeline.faces import FaceDetector
-from pipeline.identities import ORPHAN_SECONDS, IdentityStore, models_in_use
+from pipeline.identities import MOST, ORPHAN_SECONDS, IdentityStore, models_in_use
 from pipeline.identity import IdentityEncoder
 from pipeline.jobs import new_id
 from pipeline.objects_local import LocalObjects
 from pipeline.request import NewIdentity, Photo, Request
 from pipeline.settings import IdentitySettings, LimitSettings, Settings
 from tests.fakes import A_FACE, NO_FACE, FakeDenoise, FakeFaces, FakeIdentity, FakeText, memory_store
+from tests.loopback import HERE
 
 MODELS = {"faces": "00", "identity": "11"}  # of the fakes
 LIMITS = LimitSettings(max_body_bytes=100_000, request_seconds=5)
@@ -91,7 +92,7 @@ class House:
         """Requests at once, each (method, path, options); the answer, or all of several."""
 
         async def go():
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url=HERE) as client:
                 return await asyncio.gather(*(client.request(*call[:2], **call[2]) for call in calls))
 
         answers = asyncio.run(go())
@@ -134,6 +135,19 @@ def test_a_person_is_stored_and_found(house):
     assert house.get(f"/{body['id']}").json() == body
     newer = house.add().json()
     assert house.get().json() == {"identities": [newer, body]}
+
+
+def test_a_tenant_has_so_many_identities_and_no_more(house):
+    """One beyond them is refused before it is made; others have room, and so has who erases one."""
+    folder = house.folder / "identities" / "acme"
+    folder.mkdir(parents=True)
+    for number in range(MOST):
+        (folder / f"{number:032x}.json").write_bytes(b"{}")
+    refused = house.add("acme")
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    assert house.add("other").status_code == 201
+    house.get(f"/{0:032x}", "DELETE", "acme")
+    assert house.add("acme").status_code == 201
 
 
 def test_a_form_is_as_good_as_json(house):

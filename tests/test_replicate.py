@@ -26,9 +26,10 @@ from pipeline.jobs import begun, named
 from pipeline.objects_memory import MemoryObjects
 from pipeline.request import NewIdentity
 from pipeline.settings import JobSettings, KeySettings, LimitSettings, PhotoSettings, Settings, WebhookSettings
-from pipeline.uploads import SECONDS, UploadStore
+from pipeline.uploads import MOST, SECONDS, UploadStore
 from pipeline.webhooks import sign
 from tests.fakes import ENDLESS
+from tests.loopback import HERE
 from tests.service import InProcess
 from tests.web import HOST, certificate
 
@@ -125,6 +126,7 @@ def tls():
 def settings(tmp_path):
     entries = [{"tenant": tenant, "sha256": fingerprint(key)} for tenant, key in KEYS.items()]
     (tmp_path / "keys.json").write_text(json.dumps(entries))
+    (tmp_path / "secret").write_text(SECRET)
     (tmp_path / "notes").mkdir()
     return Settings(
         weights_dir=tmp_path / "notes",
@@ -132,7 +134,7 @@ def settings(tmp_path):
         limits=LimitSettings(max_body_bytes=300_000, request_seconds=30),
         photos=PhotoSettings(max_bytes=100_000),
         jobs=JobSettings(scan_seconds=0.05, lease_seconds=2),
-        webhooks=WebhookSettings(secret=SECRET),
+        webhooks=WebhookSettings(secret_file=tmp_path / "secret"),
     )
 
 
@@ -307,7 +309,7 @@ def test_a_caller_who_goes_away_stops_the_work(service, settings, key):
         app = create_api(service, settings)
         headers = {**bearer(), "prefer": "wait", **({} if key is None else {"idempotency-key": key})}
         body = {"version": HASH, "input": {**SMALL, "prompt": ENDLESS}}
-        async with service.life(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as plain:
+        async with service.life(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=HERE) as plain:
             waiting = asyncio.ensure_future(plain.post("/v1/predictions", json=body, headers=headers))
             while not service.running.is_set():
                 await asyncio.sleep(0.01)
@@ -614,6 +616,19 @@ def test_a_file_is_over_after_a_day():
     assert uploads.records("acme") == []
     assert uploads.sweep() == 2
     assert not list(objects.list("files/"))
+
+
+def test_a_tenant_has_so_many_files_and_no_more():
+    """One beyond them is refused; others have room, and so has who erases one."""
+    objects = MemoryObjects()
+    for number in range(MOST):
+        objects.create(f"files/acme/{number:032x}.json", b"{}")
+    uploads = UploadStore(objects, 1000)
+    with pytest.raises(InvalidRequest, match="erase"):
+        uploads.save(FACE, "acme")
+    uploads.save(FACE, "other")
+    uploads.delete(f"{0:032x}", "acme")
+    assert uploads.save(FACE, "acme")
 
 
 def test_files_are_checked():
