@@ -17,16 +17,15 @@ from pipeline.errors import SettingsInvalid
 PREFIX = "PULID_"
 # read by `pulid` as a client of a service; no settings of ours
 CLIENTS = ("PULID_API_KEY", "PULID_STUDIO__SERVER", "PULID_STUDIO__PASSWORD")
-MIN_SECRET = 24
 PresetName = Literal["miniature", "flux-dev", "flux-krea-dev", "flux-schnell"]
 
 MemoryMode = Literal["resident", "lean", "cast", "gguf", "nf4"]
 
 
 class Group(BaseModel):
-    """A closed, frozen group of settings."""
+    """A closed, frozen group of settings; errors name a setting and never quote what it was set to."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class StoreSettings(Group):
@@ -66,8 +65,10 @@ class PhotoSettings(Group):
 class LimitSettings(Group):
     """What one request may cost."""
 
-    max_body_bytes: int = Field(32_000_000, ge=1024, description="bytes of a request's JSON body")
-    max_requests: int = Field(32, ge=1, description="POST /v1/images in the making in one ingress replica; then 429")
+    max_body_bytes: int = Field(32_000_000, ge=1024, description="bytes of a request's body, JSON or a form")
+    max_requests: int = Field(
+        32, ge=1, description="requests with a body that one ingress replica has in hand; four times as many wait"
+    )
     request_seconds: float = Field(300.0, gt=0, description="from a request's arrival to its answer; then 504")
     retry_after_seconds: int = Field(5, ge=1, description="the Retry-After of a 429")
 
@@ -140,16 +141,11 @@ class JobSettings(Group):
 class WebhookSettings(Group):
     """Telling callers that their job has come further."""
 
-    secret: str = Field("", repr=False, description="webhooks are signed with keys made of it; empty: none are sent")
+    secret_file: Path | None = Field(
+        None, description="webhooks are signed with keys made of its content; null: none are sent"
+    )
     seconds: float = Field(10.0, gt=0, description="time for one delivery")
     attempts: int = Field(5, ge=1, le=20, description="tries of one delivery, the first included")
-
-    @field_validator("secret")
-    @classmethod
-    def _not_guessable(cls, value: str) -> str:
-        if value and len(value) < MIN_SECRET:  # tenants know what is made of it, and could try all short ones
-            raise ValueError(f"must have at least {MIN_SECRET} characters; `openssl rand -base64 32` makes one")
-        return value
 
 
 class IdentitySettings(Group):

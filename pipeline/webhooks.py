@@ -14,13 +14,14 @@ from contextlib import suppress
 
 import httpcore
 
-from pipeline.errors import WebhookRefused
+from pipeline.errors import SettingsInvalid, WebhookRefused
 from pipeline.network import Network, NotPublic, UnknownHost, https_url
 from pipeline.settings import WebhookSettings
 
 log = logging.getLogger(__name__)
 
 PREFIX = "whsec_"
+MIN_SECRET, MAX_SECRET = 24, 4096  # bytes; tenants know what is made of it, and could try all short ones
 GONE = 410  # the receiver wants no more of it
 MAX_ANSWER_BYTES = 65_536  # are read, so that a receiver can finish its answer; none is used
 FIRST_DELAY, GROWTH, LONGEST_DELAY, JITTER = 10.0, 6.0, 21_600.0, 0.5
@@ -32,7 +33,26 @@ ODD = (
 NONE_SENT = "This service sends no webhooks; leave out `webhook`, and follow the job's events instead."
 
 
-def tenant_secret(secret: str, tenant: str) -> str:
+def read_secret(settings: WebhookSettings) -> bytes:
+    """The service's own secret, as its file has it now; empty where the settings name none.
+
+    Raises SettingsInvalid, which quotes nothing of it.
+    """
+    if settings.secret_file is None:
+        return b""
+    path = settings.secret_file.expanduser()
+    try:
+        with path.open("rb") as file:
+            secret = file.read(MAX_SECRET + 1).strip()
+    except OSError as error:
+        raise SettingsInvalid(f"The secret of webhooks, {path}, cannot be read ({error.strerror}).") from error
+    if not MIN_SECRET <= len(secret) <= MAX_SECRET:
+        needs = f"needs {MIN_SECRET} to {MAX_SECRET} bytes; `openssl rand -base64 32` makes one"
+        raise SettingsInvalid(f"The secret of webhooks, {path}, {needs}.")
+    return secret
+
+
+def tenant_secret(secret: bytes, tenant: str) -> str:
     """The secret that a tenant checks its webhooks with: whsec_ and base64, made of the service's own `secret`.
 
     Raises WebhookRefused where the service has none.
@@ -54,13 +74,14 @@ class Webhooks:
     def __init__(
         self, settings: WebhookSettings, network: Network | None = None, now: Callable[[], float] = time.time
     ) -> None:
-        """`now` gives seconds since 1970."""
+        """`now` gives seconds since 1970. Raises SettingsInvalid where there should be a secret, and is none."""
+        read_secret(settings)
         self._settings, self._network, self._now = settings, network or Network(), now
         self.attempts = settings.attempts  # of one delivery, the first included
 
     def check(self, url: str) -> None:
         """What can be known of an address before it is used; raises WebhookRefused."""
-        if not self._settings.secret:
+        if self._settings.secret_file is None:
             raise WebhookRefused(NONE_SENT)
         if https_url(url) is None:
             raise WebhookRefused(ODD)
@@ -72,10 +93,15 @@ class Webhooks:
         in every try of one event: by it a receiver knows what it has had before. The timestamp is the try's own.
         """
         target = https_url(url)
-        if target is None or not self._settings.secret:
+        if target is None or self._settings.secret_file is None:
             log.warning("webhook %s is not sent: since it was asked for, the settings have changed", delivery_id)
             return None
-        arrived, why = self._tried(target, self._headers(delivery_id, body, tenant), body)
+        try:
+            headers = self._headers(delivery_id, body, _key(read_secret(self._settings), tenant))
+        except SettingsInvalid as error:  # its file was good when the service began
+            log.error("webhook %s is not sent yet. %s", delivery_id, error)
+            return False
+        arrived, why = self._tried(target, headers, body)
         if not arrived:
             log.warning("webhook %s to %s: %s", delivery_id, target.host.decode(), why)
         return arrived
@@ -86,7 +112,7 @@ class Webhooks:
         share = hashlib.sha256(f"{delivery_id}.{tries}".encode()).digest()[0] / 255
         return float(seconds * (1 + JITTER * share))
 
-    def _headers(self, delivery_id: str, body: bytes, tenant: str) -> list[tuple[bytes | str, bytes | str]]:
+    def _headers(self, delivery_id: str, body: bytes, key: bytes) -> list[tuple[bytes | str, bytes | str]]:
         timestamp = int(self._now())
         return [
             ("Content-Type", "application/json"),
@@ -94,7 +120,7 @@ class Webhooks:
             ("User-Agent", "pulid-serve"),
             ("webhook-id", delivery_id),
             ("webhook-timestamp", str(timestamp)),
-            ("webhook-signature", sign(_key(self._settings.secret, tenant), delivery_id, timestamp, body)),
+            ("webhook-signature", sign(key, delivery_id, timestamp, body)),
         ]
 
     def _tried(
@@ -118,8 +144,8 @@ class Webhooks:
             return False, "the connection failed or broke off, or its certificate is not trusted"
 
 
-def _key(secret: str, tenant: str) -> bytes:
-    return hmac.digest(secret.encode(), tenant.encode(), hashlib.sha256)
+def _key(secret: bytes, tenant: str) -> bytes:
+    return hmac.digest(secret, tenant.encode(), hashlib.sha256)
 
 
 def _judged(status: int) -> bool | None:

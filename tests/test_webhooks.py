@@ -9,8 +9,10 @@ import logging
 import re
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from pydantic import ValidationError
 from replicate.webhook import InvalidSignatureError, InvalidTimestampError, WebhookSigningSecret
 from replicate.webhook import Webhooks as Receiver
 
@@ -18,17 +20,20 @@ from pipeline.errors import SettingsInvalid, WebhookRefused
 from pipeline.network import Network
 from pipeline.request import Request
 from pipeline.settings import Settings, WebhookSettings
-from pipeline.webhooks import Webhooks, sign, tenant_secret
+from pipeline.webhooks import Webhooks, read_secret, sign, tenant_secret
 from tests.service import InProcess
 from tests.test_fetch import NOT_PUBLIC, ODD_ADDRESSES, TLS
 from tests.web import HOST, drip, head, ok, pour, redirect, web_server
 
 ROOT = Path(__file__).parent.parent
-SECRET = "of this service, long enough"
+SECRET = b"of this service, long enough"
+FOLDER = TemporaryDirectory(prefix="pulid-")
+SECRET_FILE = Path(FOLDER.name, "secret")
+SECRET_FILE.write_bytes(SECRET + b"\n")
 URL = f"https://{HOST}/hook?token=abc"
 PATH = "/hook?token=abc"
 BODY = json.dumps({"status": "succeeded", "name": "Zoë"}).encode()
-SETTINGS = WebhookSettings(secret=SECRET, seconds=1.0)
+SETTINGS = WebhookSettings(secret_file=SECRET_FILE, seconds=1.0)
 
 
 def deliver(web, url=URL, tenant="acme", now=None, settings=SETTINGS, hosts=None):
@@ -149,7 +154,7 @@ def test_only_a_little_of_an_answer_is_read():
             sent.append(0x1000)
 
     with web_server({PATH: endless}) as web:
-        assert deliver(web, settings=WebhookSettings(secret=SECRET, seconds=60)) is True
+        assert deliver(web, settings=WebhookSettings(secret_file=SECRET_FILE, seconds=60)) is True
     assert sum(sent) < 10_000_000  # what sockets hold, and not a minute's worth
 
 
@@ -207,7 +212,7 @@ def test_names_that_do_not_resolve_are_tried_again():
         raise OSError("no such name")
 
     for resolve in (unknown, lambda host: [], lambda host: waiting.wait(5) or []):
-        settings = WebhookSettings(secret=SECRET, seconds=0.2)
+        settings = WebhookSettings(secret_file=SECRET_FILE, seconds=0.2)
         assert Webhooks(settings, Network(resolve, tls=TLS)).deliver(URL, "msg-1", BODY, "acme") is False
     waiting.set()
 
@@ -229,16 +234,48 @@ def test_without_a_secret_none_are_sent():
         assert silent.deliver(URL, "msg-1", BODY, "acme") is None
         assert web.resolved == []
     with pytest.raises(WebhookRefused):
-        tenant_secret("", "acme")
+        tenant_secret(b"", "acme")
 
 
-def test_a_secret_is_long_and_shows_in_no_text():
-    """Who knows a tenant's key must not be able to guess what it was made of."""
-    with pytest.raises(SettingsInvalid, match="WEBHOOKS__SECRET"):
-        Settings.from_environment({"PULID_WEBHOOKS__SECRET": "short"})
-    settings = Settings.from_environment({"PULID_WEBHOOKS__SECRET": SECRET})
-    assert SECRET not in repr(settings)
+@pytest.mark.parametrize("content", [b"", b"a short one", b" " * 60, b"x" * 5000, None])
+def test_a_secret_is_long_and_shows_in_no_text(tmp_path, content):
+    """Who knows a tenant's key must not be able to guess what it was made of; a bad file is told at the start."""
+    if content is not None:
+        (tmp_path / "secret").write_bytes(content)
+    settings = Settings.from_environment({"PULID_WEBHOOKS__SECRET_FILE": str(tmp_path / "secret")}).webhooks
+    with pytest.raises(SettingsInvalid, match=str(tmp_path)) as told:
+        Webhooks(settings)
+    assert not content or content.decode() not in str(told.value)
+
+
+def test_each_tenant_has_a_key_of_its_own():
+    """What one tenant knows says nothing of what another checks with; white space around the secret is none of it."""
     assert tenant_secret(SECRET, "a") != tenant_secret(SECRET, "b")
+    assert read_secret(SETTINGS) == SECRET
+
+
+def test_a_secret_that_changes_counts_at_once(tmp_path):
+    """A delivery is signed with what the file has then; without a usable file it is kept for the next try."""
+    file = tmp_path / "secret"
+    file.write_bytes(b"another one, just as long as that")
+    with web_server({PATH: ok(b"")}) as web:
+        webhooks = Webhooks(WebhookSettings(secret_file=file, seconds=1.0), web.network())
+        file.unlink()
+        assert webhooks.deliver(URL, "msg-1", BODY, "acme") is False
+        assert web.requests == []
+        file.write_bytes(SECRET)
+        assert webhooks.deliver(URL, "msg-1", BODY, "acme") is True
+        accept(web)
+
+
+def test_errors_quote_no_setting():
+    """A value that is refused may be a secret that was put into the wrong place."""
+    with pytest.raises(SettingsInvalid) as told:
+        Settings.from_environment({"PULID_WEBHOOKS__SECRET": "hunter2 hunter2 hunter2 hunter2"})
+    assert "hunter2" not in f"{told.value} {told.value.__cause__}"
+    with pytest.raises(ValidationError) as told:
+        WebhookSettings(seconds="hunter2")
+    assert "hunter2" not in str(told.value)
 
 
 def test_delays_grow_and_spread():
