@@ -1,10 +1,12 @@
 """`pulid keys`: make an API key, and look at a key file. To take a key back, take its entry out of the file."""
 
 import datetime
+import fcntl
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,13 +84,28 @@ def table(entries: Sequence["Entry"], now: float) -> list[str]:
 def add(file: Path, entry: "Entry") -> None:
     """Write a key file anew with one entry more, in one piece; raises SettingsInvalid, or OSError.
 
-    It keeps its owner and mode. A new one can be read by its owner alone.
+    It keeps its owner and mode. A new one can be read by its owner alone. Of several that add at once each waits.
     """
     from deployments.keys import read_entries
 
     path = file.expanduser().resolve()
-    entries = [*(read_entries(path)[0] if path.exists() else ()), entry]
-    text = "[\n" + ",\n".join(f"  {_json(one)}" for one in entries) + "\n]\n"
+    with _locked(path.parent):
+        entries = [*(read_entries(path)[0] if path.exists() else ()), entry]
+        _write(path, "[\n" + ",\n".join(f"  {_json(one)}" for one in entries) + "\n]\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep others who add keys in a folder out; the file itself becomes another with each write."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     try:

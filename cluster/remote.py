@@ -2,6 +2,7 @@
 
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -49,10 +50,13 @@ def made_there(server: str, key_file: Path | None, request: Request) -> Iterator
     Raises PipelineError: what the service tells.
     """
     with connected(server, key_file) as client:
-        job = client.submit(request.model_dump(mode="json", exclude_unset=True))
+        body, key = request.model_dump(mode="json", exclude_unset=True), str(uuid.uuid4())
+        job: dict[str, Any] = {}
         try:
+            job = client.submit(body, key)
             job = watched(client, job["id"], request.num_outputs)
         except KeyboardInterrupt:
+            job = job or client.submit(body, key)  # it may have arrived; the same request under one key is one job
             status = client.cancel(job["id"])["status"]
             print(f"The job {job['id']} is {status}.", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None

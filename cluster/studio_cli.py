@@ -31,7 +31,9 @@ def studio(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn would pass it on before the files are erased
     with told(), connected(server, key_file) as client, suppress(KeyboardInterrupt):
-        password = os.environ.get(PASSWORD, "")
+        password = os.environ.get(PASSWORD, "").strip()  # a secret made from a file has the end of its line
+        if PASSWORD in os.environ and not password:
+            raise SettingsInvalid(f"{PASSWORD} is empty: say a password, or leave the variable out.")
         if host not in OURS and not password:
             raise SettingsInvalid(f"Others can reach {host}: set {PASSWORD}, or let it listen on 127.0.0.1.")
         check_port(host, port)

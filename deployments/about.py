@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from deployments import problems
 from deployments.service import Service, prompt_answer
-from pipeline.errors import StoreError, WorkerUnavailable
+from pipeline.errors import HostRefused, StoreError, WorkerUnavailable
 from pipeline.presets import Preset
 
 # Swagger UI from a package, so that the page works without the internet and no other server learns who reads it.
@@ -125,7 +125,9 @@ def router(service: Service) -> fastapi.APIRouter:
         """Whether pictures can be made now."""
         return JSONResponse(await prompt_answer(service.health(), "Ray's controller or the store"))
 
-    @routes.get("/problems/{code}", response_model=Code, responses={404: {"description": "there is no such code"}})
+    unknown: dict[int | str, dict[str, Any]] = {404: {"description": "there is no such code"}}
+
+    @routes.get("/problems/{code}", response_model=Code, responses={**problems.documented(HostRefused), **unknown})
     async def problem(code: str) -> Response:
         """What the code of an error means."""
         known = {kind.code: kind for kind in problems.leaves()}

@@ -11,6 +11,7 @@ from deployments import openapi_foreign, openapi_parts, problems
 from deployments.openapi_examples import ANSWERS, REQUESTS, problem
 from deployments.openapi_parts import ERROR_HEADERS, MAKE, PATHS, PIXEL_CONTENT, WEBHOOK, Route, reference
 from pipeline.errors import (
+    HostRefused,
     ImageNotFound,
     InternalError,
     KeyInvalid,
@@ -131,7 +132,7 @@ def _errors(responses: dict[str, Any], path: str) -> None:
 
 def _everywhere(path: str, found: bool) -> Iterator[type[PipelineError]]:
     """The errors that a route has because all of its kind have them; `found`: whether it tells itself of a 404."""
-    yield from (KeyInvalid, RateLimited, InternalError)
+    yield from (KeyInvalid, HostRefused, RateLimited, InternalError)
     if not path.startswith(("/v1/models", "/v1/webhooks")):
         yield from (StoreUnavailable, StoreMisconfigured, StoreCorrupt)
     if "{" in path and not found:

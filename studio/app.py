@@ -4,6 +4,8 @@ import gradio as gr
 from fastapi import FastAPI
 
 from cluster.client import Client
+from deployments.hosts import OwnHost
+from deployments.keys import as_problem
 from pipeline.settings import PhotoSettings
 from studio.drawing import Drawing
 from studio.form import Form
@@ -37,9 +39,12 @@ def page(client: Client) -> gr.Blocks:
 def web(client: Client, password: str = "") -> FastAPI:
     """The page as an ASGI application, and GET /healthz beside it.
 
-    `password`: asked of visitors, as user "studio"; without one everybody who reaches the page may use it.
+    `password`: asked of visitors, as user "studio"; without one everybody who reaches the page from this machine, and
+    not through another host's page, may use it.
     """
     app = FastAPI(openapi_url=None)
+    if not password:
+        app.add_middleware(OwnHost, refusal=as_problem)
 
     @app.get("/healthz")
     def healthz() -> dict[str, str]:

@@ -52,7 +52,7 @@ class Drawing:
     def wire(self) -> None:
         """Say what happens when; inside the page's Blocks, once all of it stands."""
         inputs = self._form.inputs | self._people.inputs
-        outputs = [self._told, self._pictures, self._cancel, self._download, self._open_jobs]
+        outputs = [self._told, self._pictures, self._cancel, self._download, self._open_jobs, self._people.seen]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         for button, handler in ((self._draw, self._made), (self._compare, partial(self._made, weights=WEIGHTS))):
             made = button.click(handler, inputs, outputs, **hidden)
@@ -67,7 +67,8 @@ class Drawing:
             self._download: gr.DownloadButton(value=None, interactive=False),
         }
         try:
-            who, _ = await self._people.person(values)
+            who, seen = await self._people.person(values)
+            yield {self._people.seen: seen}  # or the photos would be read anew at each click
             body = self._form.body(values, who)
         except PipelineError as error:
             yield {self._told: refused(error)}

@@ -74,23 +74,23 @@ class People:
                 self._store = gr.Button("Store")
                 self._delete = gr.Button("Delete", variant="stop")
             self._kept = gr.HTML()
-        self._seen = gr.State(None)
+        self.seen = gr.State(None)  # what `person` has given last
 
     @property
     def inputs(self) -> set[Any]:
         """What `person` needs the values of."""
-        return {self._photos, self._face, self._fusion, self._stored, self._seen}
+        return {self._photos, self._face, self._fusion, self._stored, self.seen}
 
     def wire(self) -> None:
         """Say what happens when; inside the page's Blocks, once all of it stands."""
-        looked = [self._told, self._faces, self._seen, self._stored]
+        looked = [self._told, self._faces, self.seen, self._stored]
         hidden: dict[str, Any] = {"api_visibility": "private"}
         gr.on(
             [self._photos.change, self._face.change, self._fusion.change],
             self._look, self.inputs, looked, trigger_mode="always_last", **hidden,
         )  # fmt: skip
         kept = [self._stored, self._kept, self._name]
-        self._store.click(self._keep, self.inputs | {self._name}, [*kept, self._seen], **hidden)
+        self._store.click(self._keep, self.inputs | {self._name}, kept, **hidden)
         self._delete.click(self._erase, {self._stored}, kept, **hidden)
 
     @property
@@ -106,20 +106,20 @@ class People:
             return {self._kept: refused(error)}
 
     async def person(self, values: Mapping[Any, Any]) -> tuple[dict[str, Any] | None, Seen | None]:
-        """Whom a request is to draw, or nobody, and what was seen of them; raises PipelineError."""
+        """Whom a request is to draw, or nobody, and what is known now of the photos; raises PipelineError."""
+        seen: Seen | None = values[self.seen]
         if values[self._stored]:
-            return {"identity": values[self._stored]}, values[self._seen]
+            return {"identity": values[self._stored]}, seen
         if not values[self._photos]:
-            return None, None
-        seen: Seen | None = values[self._seen]
+            return None, seen
         if seen is None or not seen.of(values[self._photos], values[self._face], values[self._fusion]):
             _, seen = await self._read(values)
         return {"identity": seen.identity}, seen
 
     async def _look(self, values: Mapping[Any, Any]) -> AsyncIterator[Updates]:
         """Photos were dropped, or are to be read in another way: what is in them."""
-        photos, before = values[self._photos], values[self._seen]
-        blank: Updates = {self._faces: [], self._seen: None, self._stored: ""}
+        photos, before = values[self._photos], values[self.seen]
+        blank: Updates = {self._faces: [], self.seen: None, self._stored: ""}
         yield {self._told: said("Looking at the photos.") if photos else "", **blank}
         if before is not None:
             await asyncio.to_thread(self._forget, before)
@@ -132,7 +132,7 @@ class People:
             yield {self._told: refused(error)}
             return
         words = "A face in every photo." if len(photos) > 1 else "A face."
-        yield {self._told: said(words + alike(identity["similarity"])), self._faces: faces, self._seen: seen}
+        yield {self._told: said(words + alike(identity["similarity"])), self._faces: faces, self.seen: seen}
 
     async def _keep(self, values: Mapping[Any, Any]) -> Updates:
         """Store the person of the photos under a name."""

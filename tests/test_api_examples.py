@@ -43,6 +43,7 @@ def photo(scene):
 def folder(tmp_path_factory):
     """Where the commands are run: with two photos of a person."""
     folder = tmp_path_factory.mktemp("examples")
+    (folder / "secret").write_text("a secret of no service but this test's")
     (folder / "me.jpg").write_bytes(photo(Scene()))
     (folder / "me-2.jpg").write_bytes(photo(Scene(light="soft")))
     return folder
@@ -57,7 +58,7 @@ def test_every_command_does_what_the_page_says(folder):
     environment = {
         "PULID_DEVICE": "cpu",
         "PULID_STORE__URL": f"file://{folder}/store",
-        "PULID_WEBHOOKS__SECRET": "a secret of no service but this test's",
+        "PULID_WEBHOOKS__SECRET_FILE": str(folder / "secret"),
     }
     with pulid(environment, "serve", "--port", str(port)):
         text = "\n".join(script).replace(SERVER, f"http://127.0.0.1:{port}")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, contextmanager
 
 import httpx
 import pytest
@@ -331,23 +331,59 @@ def test_the_words_of_the_bar():
     assert told == ["Queued at position 3", "Started", "Step 2 of 8", *["Step 3 of 8"] * 2, "Started", "Step 1 of 8"]
 
 
+@contextmanager
+def generating(url, folder):
+    """`pulid generate` by a service, as a process."""
+    words = [str(word) for word in ("generate", "--server", url, *WISH, "--output", folder / "a.png")]
+    # Tests that run in the background of a shell ignore Ctrl-C, and so would whatever they start.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heeding}; from cluster.cli import main; main()", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
 def test_ctrl_c_stops_the_job_there(tmp_path):
     """The service gives up the picture, and the command says so and ends with 130."""
     service = Endless(Settings(weights_dir=tmp_path))
     with living(service) as url:
-        words = [str(word) for word in ("generate", "--server", url, *WISH, "--output", tmp_path / "a.png")]
-        command = [sys.executable, "-c", "from cluster.cli import main; main()", *words]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
-            try:
-                assert service.begun.wait(60)
-                line = running.stderr.readline()  # it knows its job, and follows it
-                os.kill(running.pid, signal.SIGINT)
-                rest = running.communicate(timeout=60)[1]
-            finally:
-                running.kill()
+        with generating(url, tmp_path) as running:
+            assert service.begun.wait(60)
+            line = running.stderr.readline()  # it knows its job, and follows it
+            os.kill(running.pid, signal.SIGINT)
+            rest = running.communicate(timeout=60)[1]
         assert service.stopped.wait(10)
         job_id = line.split()[1]
         assert running.returncode == 130, rest
+        assert f"The job {job_id} is cancelled." in rest
+        assert httpx.get(f"{url}/v1/images/{job_id}").json()["status"] == "cancelled"
+
+
+def test_ctrl_c_stops_a_job_whose_id_had_not_come_yet(tmp_path):
+    """What the service has accepted and not yet answered is found by its key, and stopped."""
+    service = Endless(Settings(weights_dir=tmp_path))
+    submit, accepted, done, jobs = service.store.submit, threading.Event(), threading.Event(), []
+
+    def answers_late(*arguments):
+        jobs.append(submit(*arguments))
+        if not accepted.is_set():
+            accepted.set()
+            done.wait(60)
+        return jobs[-1]
+
+    service.store.submit = answers_late
+    with living(service) as url:
+        try:
+            with generating(url, tmp_path) as running:
+                assert accepted.wait(60)
+                os.kill(running.pid, signal.SIGINT)
+                rest = running.communicate(timeout=60)[1]
+        finally:
+            done.set()
+        assert running.returncode == 130, rest
+        (job_id,) = {job_id for job_id, *_ in jobs}
         assert f"The job {job_id} is cancelled." in rest
         assert httpx.get(f"{url}/v1/images/{job_id}").json()["status"] == "cancelled"
 

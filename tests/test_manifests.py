@@ -211,6 +211,17 @@ def test_the_ingress_finds_its_keys() -> None:
         assert f"generic {volume['secret']['secretName']} --from-file={file.name}" in README
 
 
+def test_the_secret_of_webhooks_can_be_given() -> None:
+    """What the configuration proposes lies in a secret that may be missing, and that the README makes."""
+    file = Path(re.search(r"# webhooks: {secret_file: (\S+)}", (ROOT / "serve_config.yaml").read_text())[1])
+    (group,) = (group for group in _groups() if group["labels"] == {"pool": "cpu"})
+    spec = group["template"]["spec"]
+    (mount,) = (m for m in spec["containers"][0]["volumeMounts"] if m["mountPath"] == str(file.parent))
+    (volume,) = (volume for volume in spec["volumes"] if volume["name"] == mount["name"])
+    assert volume["secret"]["optional"] is True
+    assert f"generic {volume['secret']['secretName']} --from-file={file.name}=" in README
+
+
 def test_the_proxy_obeys_no_header_of_a_client() -> None:
     """Image and pods set what `pulid serve` sets, so that Serve's proxy strips the headers it would obey."""
     for name, value in PROXY.items():

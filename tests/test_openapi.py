@@ -41,7 +41,8 @@ class Small(InProcess):
 
 
 def application(folder, **more):
-    settings = Settings(weights_dir=folder, webhooks=WebhookSettings(secret="a secret of no service but these"), **more)
+    (folder / "secret").write_text("a secret of no service but these")
+    settings = Settings(weights_dir=folder, webhooks=WebhookSettings(secret_file=folder / "secret"), **more)
     service = Small(settings)
     return create_api(service, settings, service.life)
 
