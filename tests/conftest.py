@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
+# Nothing here may start a Ray by itself, as the threads of Serve's handles do that outlive the Ray they belong to.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
 
 @contextmanager
 def _own_ray():
@@ -38,6 +41,15 @@ def _started(start, give_up=lambda: None):
             if left == 0 or "timed out during startup" not in str(error):
                 raise
             give_up()
+
+
+def _end_handles():
+    """Serve's handles in this process have threads that would go on to report to a controller that is no more."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        client.shutdown_cached_handles()
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +84,7 @@ def ray_here():
             _started(lambda: ray.init(address="local", **options), ray.shutdown)
             yield
         finally:
+            _end_handles()
             ray.shutdown()
 
 
@@ -91,8 +104,9 @@ def ray_cluster():
         try:
             for options in (cpu, gpu):
                 _started(lambda options=options: cluster.add_node(**options))
-            ray.init(address=cluster.address, log_to_driver=False)
+            _started(lambda: ray.init(address=cluster.address, log_to_driver=False), ray.shutdown)
             yield {node["Labels"]["pool"]: node["NodeID"] for node in ray.nodes()}
         finally:
+            _end_handles()
             ray.shutdown()
             cluster.shutdown()

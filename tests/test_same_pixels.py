@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from ray import serve
 from skimage import data
@@ -61,7 +62,8 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(settings):
-    """The hashes of the pictures of each body, made in this process."""
+    """The hashes of the pictures of each body, made in this process, with one thread as Ray gives its replicas."""
+    torch.set_num_threads(1)
     stages, store = flow.load_stages(settings), open_store(settings.store)
     made = {name: flow.generate(Request.model_validate(body), stages, store) for name, body in BODIES.items()}
     return {name: [picture["sha256"] for picture in stored.record["pictures"]] for name, stored in made.items()}
