@@ -30,7 +30,7 @@ from bench.soak_service import Audit, Replica, alive, audit, kill, megabytes, on
 from bench.soak_stages import soak_parts
 from cluster.local import free_port, running
 from pipeline.objects_local import LocalObjects
-from pipeline.settings import EngineSettings, JobSettings, KeySettings, LimitSettings, Settings, StoreSettings
+from pipeline.settings import EngineSettings, KeySettings, LimitSettings, Settings, StoreSettings
 
 KINDS = ("Ingress", "FaceDetector", "IdentityEncoder", "TextEncoder", "FluxDenoiser", "Board")
 TENANTS = ("acme", "globex")
@@ -160,7 +160,6 @@ def _settings(folder: Path, keys: dict[str, str]) -> Settings:
         limits=LimitSettings(max_requests=64),
         engine=EngineSettings(max_jobs=32, preview_steps=4),
         keys=KeySettings(file=file),
-        jobs=JobSettings(lease_seconds=5, scan_seconds=0.5),
     )
 
 

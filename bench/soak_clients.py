@@ -14,8 +14,8 @@ from bench.soak_stages import pixels
 
 PATH = "/v1/images"
 PHOTO = "YSBmYWNl"
-POLL_SECONDS = 0.25
 PATIENCE = 300.0  # seconds until a job that has not ended counts as lost
+SPREAD = 0.5  # of what Retry-After asks for, up to which a client waits longer, as clients do not keep step
 PAUSE = 0.2  # seconds before a refused or broken call is tried again
 WATCHED = 0.1  # the share of jobs whose events are read in the place of polling
 
@@ -48,6 +48,7 @@ class Client:
 
     async def work(self, numbers: Iterator[int]) -> None:
         """Jobs, as long as there are numbers left."""
+        await asyncio.sleep(self._random.random())  # or all clients would keep step
         for number in numbers:
             try:
                 async with asyncio.timeout(PATIENCE):
@@ -79,7 +80,7 @@ class Client:
         await self._pry()
         if self._random.random() < WATCHED:
             await self._watched(job_id)
-        view = await self._ended(job_id)
+        view = await self._ended(job_id, float(accepted.headers.get("retry-after", 0)))
         self._tally.jobs.append(time.perf_counter() - began)
         self._tally.ends[view["status"]] += 1
         self._tally.attempts[view["attempt"]] += 1
@@ -94,7 +95,8 @@ class Client:
             if picture.content != pixels(body["prompt"], body["seed"]):
                 self._tally.faults.append(f"{view['id']}: another picture, {picture.status_code}")
 
-    async def _ended(self, job_id: str) -> dict[str, Any]:
+    async def _ended(self, job_id: str, pause: float) -> dict[str, Any]:
+        """Read a job until it has ended, as often as its answer's Retry-After, in seconds, allows."""
         while True:
             began = time.perf_counter()
             answer = await self._sent("GET", f"{PATH}/{job_id}", reads=True)
@@ -105,7 +107,8 @@ class Client:
                 raise ValueError(f"{job_id}: the answer is about {view['id']}")
             if view["status"] not in ("queued", "running"):
                 return view
-            await asyncio.sleep(max(0.0, POLL_SECONDS - (time.perf_counter() - began)))
+            due = began + pause * self._random.uniform(1.0, 1.0 + SPREAD)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
 
     async def _watched(self, job_id: str) -> None:
         """Read a job's events to their end, coming back where the stream breaks off."""

@@ -14,7 +14,7 @@ from pipeline.trace import Trace
 if TYPE_CHECKING:
     from deployments.app import Parts
 
-STEP_SECONDS = 0.02
+STEP_SECONDS = 0.05
 PICTURE_BYTES = 20_000
 
 

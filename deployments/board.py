@@ -27,6 +27,14 @@ class Notice(NamedTuple):
     job_id: str
 
 
+class Step(NamedTuple):
+    """How far an attempt at a job is: steps done, and in all."""
+
+    attempt: int
+    done: int
+    total: int
+
+
 class News(NamedTuple):
     """Notices since the last time, and what to name the next time."""
 
@@ -59,6 +67,7 @@ class Board:
         self._seconds = seconds
         self._id = uuid.uuid4().hex
         self._logs: OrderedDict[str, _Log] = OrderedDict()
+        self._steps: dict[str, Step] = {}  # of jobs that are not over
         self._bytes = 0
         self._notices: deque[Notice] = deque(maxlen=MOST_NOTICES)
         self._noticed, self._count = asyncio.Event(), 0
@@ -74,7 +83,7 @@ class Board:
         if log.over or (log.events and log.events[-1].at.attempt > attempt):
             return first + len(events)
         if first <= known:
-            self._extend(log, events[known - first :])
+            self._extend(job_id, log, events[known - first :])
         return max(known, first + len(events)) if first <= known else known
 
     async def end(self, job_id: str, name: str, data: Mapping[str, Any]) -> None:
@@ -82,7 +91,7 @@ class Board:
         log = self._log(job_id)
         if not log.over:
             attempt = log.events[-1].at.attempt if log.events else 0
-            self._extend(log, [ServerEvent(Position(attempt, log.count(attempt)), name, data)])
+            self._extend(job_id, log, [ServerEvent(Position(attempt, log.count(attempt)), name, data)])
 
     async def after(self, job_id: str, position: Position = BEGINNING, seconds: float = 0.0) -> list[ServerEvent]:
         """The events of a job beyond a position; where there are none yet, waits for some up to `seconds`."""
@@ -97,11 +106,9 @@ class Board:
                 async with asyncio.timeout(left):
                     await log.changed.wait()
 
-    async def latest(self, job_id: str) -> ServerEvent | None:
-        """The last step that is known of a job."""
-        log = self._logs.get(job_id)
-        steps = (event for event in reversed(log.events if log else ()) if event.name == "step")
-        return next(steps, None)
+    async def steps(self) -> Mapping[str, Step]:
+        """How far the jobs are that are not over, as far as that is known here."""
+        return dict(self._steps)
 
     async def notify(self, kind: str, job_id: str) -> None:
         """Tell every ingress replica."""
@@ -131,8 +138,13 @@ class Board:
         self._logs.move_to_end(job_id)
         return log
 
-    def _extend(self, log: _Log, events: Sequence[ServerEvent]) -> None:
+    def _extend(self, job_id: str, log: _Log, events: Sequence[ServerEvent]) -> None:
         log.events.extend(events)
+        for event in events:
+            if event.name == "step":
+                self._steps[job_id] = Step(event.at.attempt, event.data["done"], event.data["total"])
+        if log.over:
+            self._steps.pop(job_id, None)
         self._bytes += sum(_size(event) for event in events)
         log.changed.set()
         log.changed = asyncio.Event()
@@ -145,6 +157,7 @@ class Board:
             if log.since > old and len(self._logs) <= MOST_JOBS and self._bytes <= MOST_BYTES:
                 return  # the longest untouched is first
             del self._logs[job_id]
+            self._steps.pop(job_id, None)
             self._bytes -= sum(_size(event) for event in log.events)
 
 

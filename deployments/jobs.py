@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from deployments.glance import Glance
 from deployments.job_view import end_view, final_view, open_view
 from deployments.reporter import BoardClient
 from deployments.runner import Runner
@@ -20,7 +21,6 @@ from pipeline.settings import JobSettings
 
 IDLE_SECONDS = 4.0  # without an event, after which the store is asked
 Check = Callable[[Request, str], Awaitable[None]]
-GLANCE_SECONDS = 0.05  # for the board to say how far a job is; else the last heartbeat tells
 
 
 class Jobs:
@@ -33,6 +33,7 @@ class Jobs:
         self._store, self._runner, self._board, self._outbox = store, runner, board, outbox
         self._check = check
         self._settings = settings
+        self._glance = Glance(board)
         self._telling: set[asyncio.Future[Any]] = set()
 
     def open_jobs(self, tenant: str) -> int:
@@ -139,18 +140,11 @@ class Jobs:
             await self._board.end(job.id, job.state, open_view(job, None))
 
     async def _progress(self, job: Job) -> dict[str, int] | None:
-        """How far a running job is, where this replica runs it, or the board knows it at once."""
+        """How far a running job is, where this replica runs it, or the board knows it."""
         if job.state != "running":
             return None
-        here = self._runner.progress(job.id)
-        if here is not None:
-            return {"step": here[0], "steps": here[1]}
-        with suppress(Exception):  # the last heartbeat's will do
-            async with asyncio.timeout(GLANCE_SECONDS):
-                step = await self._board.latest(job.id)
-            if step is not None and step.at.attempt == job.attempt:
-                return {"step": step.data["done"], "steps": step.data["total"]}
-        return None
+        found = self._runner.progress(job.id) or await self._glance.progress(job)
+        return None if found is None else {"step": found[0], "steps": found[1]}
 
     async def _after(self, job_id: str, after: Position, seconds: float) -> list[ServerEvent]:
         try:

@@ -10,7 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
-from deployments.board import News
+from deployments.board import News, Step
 from deployments.problems import unforeseen
 from pipeline.errors import Overloaded, PipelineError, WorkerUnavailable
 from pipeline.faces import Faces
@@ -106,10 +106,10 @@ class RemoteBoard:
         events: list[ServerEvent] = await _within(seconds, self._handle.after.remote(job_id, position, seconds))
         return events
 
-    async def latest(self, job_id: str) -> ServerEvent | None:
+    async def steps(self) -> Mapping[str, Step]:
         """See Board."""
-        event: ServerEvent | None = await _within(0.0, self._handle.latest.remote(job_id))
-        return event
+        steps: Mapping[str, Step] = await _within(0.0, self._handle.steps.remote())
+        return steps
 
     async def end(self, job_id: str, name: str, data: Mapping[str, Any]) -> None:
         """See Board."""

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
-from deployments.board import News
+from deployments.board import News, Step
 from pipeline.events import Event, Stepped
 from pipeline.progress import Position, ServerEvent, told
 
@@ -23,7 +23,7 @@ class BoardClient(Protocol):
     def after(self, job_id: str, position: Position, seconds: float) -> Awaitable[list[ServerEvent]]:
         """See deployments.board.Board."""
 
-    def latest(self, job_id: str) -> Awaitable[ServerEvent | None]:
+    def steps(self) -> Awaitable[Mapping[str, Step]]:
         """See deployments.board.Board."""
 
     def end(self, job_id: str, name: str, data: Mapping[str, Any]) -> Awaitable[None]:

@@ -1,13 +1,16 @@
 import asyncio
+import time
 
 import pytest
 
-from deployments.board import Board, Notice
+from deployments.board import Board, Notice, Step
+from deployments.glance import Glance
+from pipeline.jobs import Job
 from pipeline.progress import BEGINNING, LAST, Position, ServerEvent
 
 
 def steps(attempt, first, count):
-    return [ServerEvent(Position(attempt, first + n), "step", {"step": n}) for n in range(count)]
+    return [ServerEvent(Position(attempt, first + n), "step", {"done": n + 1, "total": 9}) for n in range(count)]
 
 
 def run(test):
@@ -104,6 +107,71 @@ def test_notices_reach_every_replica_once():
             Notice("queued", "b"),
         )
         assert (await board.notices("another", 17, 1)).notices == ()
+
+    run(test)
+
+
+def test_the_latest_steps_are_of_jobs_that_run():
+    """Of each job that is not over its last step, of its last attempt; a job that ended or was forgotten has none."""
+
+    async def test(board):
+        await board.publish("a", 1, 0, steps(1, 0, 4))
+        await board.publish("a", 2, 0, steps(2, 0, 2))
+        await board.publish("b", 1, 0, steps(1, 0, 1))
+        await board.end("b", "cancelled", {})
+        assert await board.steps() == {"a": Step(2, 2, 9)}
+        short = Board(0)
+        await short.publish("a", 1, 0, steps(1, 0, 1))
+        await short.after("b")
+        assert await short.steps() == {}
+
+    run(test)
+
+
+def running(job_id="a", attempt=1):
+    return Job(job_id, "acme", 1.0, 2.0, state="running", attempt=attempt)
+
+
+def test_however_many_ask_the_board_is_asked_once():
+    """A hundred reads at a time of what other replicas run are one call; a step of a lost attempt is not told."""
+
+    class Counting(Board):
+        calls = 0
+
+        async def steps(self):
+            self.calls += 1
+            return await super().steps()
+
+    async def test(_):
+        board = Counting(600)
+        await board.publish("a", 1, 0, steps(1, 0, 3))
+        glance = Glance(board)
+        assert set(await asyncio.gather(*(glance.progress(running()) for _ in range(100)))) == {(3, 9)}
+        assert await glance.progress(running(attempt=2)) is None
+        assert await glance.progress(running("b")) is None
+        assert board.calls == 1
+
+    run(test)
+
+
+def test_a_board_that_is_away_keeps_nobody_waiting():
+    """One that does not answer costs the readers of a moment a glance, and then nobody; a broken one costs nothing."""
+
+    class Silent(Board):
+        async def steps(self):
+            await asyncio.Event().wait()
+
+    class Broken(Board):
+        async def steps(self):
+            raise ConnectionError
+
+    async def test(_):
+        glance = Glance(Silent(600))
+        assert await glance.progress(running()) is None
+        began = time.monotonic()
+        assert set(await asyncio.gather(*(glance.progress(running()) for _ in range(1000)))) == {None}
+        assert time.monotonic() - began < 5  # a glance each would be 50 s
+        assert await Glance(Broken(600)).progress(running()) is None
 
     run(test)
 
