@@ -10,7 +10,7 @@ from pipeline.events import Event, Stepped
 from pipeline.progress import Position, ServerEvent, told
 
 PAUSE = 0.5  # seconds between two tries to reach a board that does not answer
-GATHER = 0.05  # seconds in which events are gathered for one call to the board; a step on a GPU takes longer
+GATHER = 0.2  # seconds between two calls to the board in which events are gathered; slower ones are told at once
 FLUSH = 3.0  # seconds for which an end is worth telling; whoever misses it finds it in the store
 
 
@@ -43,6 +43,7 @@ class Reporter:
         self._board, self._job_id, self._attempt = board, job_id, attempt
         self._events: list[ServerEvent] = []
         self._more, self._sent = asyncio.Event(), 0
+        self._hurry = asyncio.Event()  # nothing is gathered any more
         self._steps: dict[int, tuple[int, int]] = {}
         self._pictures = 0
         self._pump = asyncio.ensure_future(self._publish())
@@ -79,6 +80,7 @@ class Reporter:
 
     async def close(self) -> None:
         """Wait until all is told, but not for long."""
+        self._hurry.set()
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH):
@@ -88,15 +90,21 @@ class Reporter:
             self._pump.cancel()
 
     def _add(self, name: str, data: Mapping[str, Any]) -> None:
-        self._events.append(ServerEvent(Position(self._attempt, len(self._events)), name, data))
+        event = ServerEvent(Position(self._attempt, len(self._events)), name, data)
+        self._events.append(event)
         self._more.set()
+        if event.ends:
+            self._hurry.set()
 
     async def _publish(self) -> None:
+        clock, due = asyncio.get_running_loop().time, 0.0
         while True:
             await self._more.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._hurry.wait()
             self._more.clear()
-            if not self._events[-1].ends:
-                await asyncio.sleep(GATHER)
+            due = clock() + GATHER
             while self._sent < len(self._events):
                 batch = self._events[self._sent :]
                 try:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, suppress
 
 import pytest
 
+from deployments.board import Board
 from deployments.reporter import Reporter
 from deployments.service import waited
 from pipeline.errors import (
@@ -191,6 +192,33 @@ def test_previews_are_small_pictures(tmp_path):
         await reporter.close()
         assert (name, data["media_type"]) == ("preview", "image/jpeg")
         assert base64.b64decode(data["data"]).startswith(b"\xff\xd8")
+
+    asyncio.run(go())
+
+
+def test_quick_steps_go_to_the_board_together():
+    """A first event is told at once, what follows it quickly in one call, and an end without delay; all in order."""
+
+    class Counting(Board):
+        batches: tuple[int, ...] = ()
+
+        async def publish(self, job_id, attempt, first, events):
+            self.batches += (len(events),)
+            return await super().publish(job_id, attempt, first, events)
+
+    async def go():
+        board = Counting(600)
+        reporter = Reporter(board, "a", 1)
+        reporter.begin(1)
+        assert len(await board.after("a", BEGINNING, 20)) == 1
+        for step in range(28):
+            reporter.hear(0, Stepped(step + 1, 28))
+            await asyncio.sleep(0)
+        reporter.end("succeeded", {})
+        await reporter.close()
+        assert board.batches == (1, 29)
+        events = await board.after("a")
+        assert [event.data["step"] for event in events[1:-1]] == list(range(1, 29))
 
     asyncio.run(go())
 
