@@ -17,7 +17,8 @@ from pipeline.progress import BEGINNING, Position, ServerEvent
 
 MOST_JOBS = 20_000
 MOST_NOTICES = 20_000
-MOST_BYTES = 64_000_000  # of previews, which are nearly all that an event holds
+MOST_BYTES = 64_000_000  # of events
+EVENT_BYTES = 500  # of one without a preview, roughly
 
 
 class Notice(NamedTuple):
@@ -141,7 +142,9 @@ class Board:
     def _extend(self, job_id: str, log: _Log, events: Sequence[ServerEvent]) -> None:
         log.events.extend(events)
         for event in events:
-            if event.name == "step":
+            if event.name == "started":
+                self._steps.pop(job_id, None)
+            elif event.name == "step":
                 self._steps[job_id] = Step(event.at.attempt, event.data["done"], event.data["total"])
         if log.over:
             self._steps.pop(job_id, None)
@@ -162,4 +165,4 @@ class Board:
 
 
 def _size(event: ServerEvent) -> int:
-    return len(event.data.get("data", "")) if event.name == "preview" else 0
+    return EVENT_BYTES + (len(event.data.get("data", "")) if event.name == "preview" else 0)

@@ -7,12 +7,13 @@ from typing import Any
 
 from deployments.glance import Glance
 from deployments.job_view import end_view, final_view, open_view
+from deployments.lease import AWAY
 from deployments.reporter import BoardClient
 from deployments.runner import Runner
 from deployments.service import lasting
 from deployments.threads import ended, to_its_end
 from deployments.worker import Outbox
-from pipeline.errors import Overloaded, StoreUnavailable
+from pipeline.errors import Overloaded
 from pipeline.job_store import JobStore
 from pipeline.jobs import ENDS, Job
 from pipeline.progress import BEGINNING, LAST, Position, ServerEvent
@@ -82,7 +83,7 @@ class Jobs:
         return {**view, "progress": await self._progress(held.job) or view["progress"]}
 
     async def wait(self, tenant: str, job_id: str, seconds: float) -> dict[str, Any]:
-        """A job when it has ended, or as it is after so many seconds; raises ImageNotFound, StoreUnavailable."""
+        """A job when it has ended, or as it is after so many seconds; raises ImageNotFound, StoreError."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 async for _ in self.follow(tenant, job_id, BEGINNING):
@@ -104,7 +105,7 @@ class Jobs:
                     return
             if events:
                 continue
-            with suppress(StoreUnavailable):  # it says later what has become of the job
+            with suppress(*AWAY):  # it says later what has become of the job
                 view = await self.view(tenant, job_id)
             if view["status"] in ENDS:  # and the board does not know it any more
                 yield ServerEvent(Position(view["attempt"], LAST), view["status"], view)

@@ -67,7 +67,18 @@ class Lease:
                 raise LeaseLost from error
 
     def _change_held(self, changes: dict[str, Any]) -> Held:
-        return self._jobs.change(self.held, **changes)
+        try:
+            return self._jobs.change(self.held, **changes)
+        except StoreConflict:
+            found = self._jobs.read(self.job.tenant, self.job.id)
+            if found is None or not _follows(found.job, self.job):
+                raise
+            return found if found.job.over else self._jobs.change(found, **changes)
+
+
+def _follows(found: Job, known: Job) -> bool:
+    """Whether a version is the owner's own next one: a write that arrived though its answer was lost."""
+    return (found.owner, found.attempt, found.beat) == (known.owner, known.attempt, known.beat + 1)
 
 
 async def insist(call: Callable[..., R], *arguments: Any) -> R:

@@ -158,7 +158,8 @@ def router(maker: Maker) -> fastapi.APIRouter:
     async def make(http: fastapi.Request) -> Response:
         """Make pictures, and wait for them. With `Accept: image/*` the answer is the first of them itself.
 
-        With `Prefer: respond-async` (or `wait=N`) the answer is a job, which goes on whatever becomes of its caller.
+        With `Prefer: respond-async` the answer is a job, which goes on whatever becomes of its caller; with `wait=N` it
+        is one where that was too short, and closing the connection stops it unless a key or a webhook names it.
         With an Idempotency-Key the same request is carried out once, however often it is sent.
         """
         return await maker.make(http)

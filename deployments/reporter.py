@@ -39,8 +39,8 @@ class BoardClient(Protocol):
 class Reporter:
     """The events of one attempt at a job, and how far its pictures have come."""
 
-    def __init__(self, board: BoardClient, job_id: str, attempt: int) -> None:
-        self._board, self._job_id, self._attempt = board, job_id, attempt
+    def __init__(self, board: BoardClient, job_id: str, attempt: int, gather: float = GATHER) -> None:
+        self._board, self._job_id, self._attempt, self._gather = board, job_id, attempt, gather
         self._events: list[ServerEvent] = []
         self._more, self._sent = asyncio.Event(), 0
         self._hurry = asyncio.Event()  # nothing is gathered any more
@@ -57,9 +57,10 @@ class Reporter:
         return sum(done for done, _ in self._steps.values()), total * self._pictures
 
     def begin(self, pictures: int) -> None:
-        """So many pictures are begun, from their first step."""
+        """So many pictures are begun, from their first step; told again only where there had been steps before."""
+        if self._steps or not self._events:
+            self._add("started", {"attempt": self._attempt})
         self._pictures, self._steps = pictures, {}
-        self._add("started", {"attempt": self._attempt})
 
     def hear(self, number: int, event: Event) -> list[tuple[str, dict[str, Any]]]:
         """What an engine says of picture `number`; returns what watchers are told of it, by name."""
@@ -104,7 +105,7 @@ class Reporter:
                 async with asyncio.timeout_at(due):
                     await self._hurry.wait()
             self._more.clear()
-            due = clock() + GATHER
+            due = clock() + self._gather
             while self._sent < len(self._events):
                 batch = self._events[self._sent :]
                 try:

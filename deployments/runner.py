@@ -160,7 +160,7 @@ class Runner:
         """Begin what nobody does: ends that are not settled, running jobs without heartbeats, the next in the queue."""
         now = time.monotonic()
         self._resting = {job_id: until for job_id, until in self._resting.items() if until > now}
-        busy = self._tasks.keys() | self._ending.keys() | self._resting.keys()
+        busy = self._tasks.keys() | self._ending.keys() | self._resting.keys() | self._worker.telling
         idle = {job_id: seen for job_id, seen in self._seen.items() if job_id not in busy}
         long_ago = now - self._settings.lease_seconds
         alone = [seen.held for seen in idle.values() if seen.since <= long_ago and seen.held.job.state != "queued"]

@@ -8,6 +8,7 @@ import fastapi
 
 from deployments.identities import Identities
 from deployments.keys import Caller
+from deployments.lease import AWAY
 from pipeline.errors import StoreUnavailable
 from pipeline.events import Event
 from pipeline.progress import Position, ServerEvent
@@ -106,7 +107,7 @@ async def waited(jobs: JobService, tenant: str, view: dict[str, Any], seconds: f
     """
     try:
         return await jobs.wait(tenant, view["id"], seconds)
-    except StoreUnavailable:
+    except AWAY:
         return view
     except asyncio.CancelledError:
         if not kept:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from deployments.job_view import end_view
 from deployments.lease import Lease, LeaseLost, insist
 from deployments.problems import problem, unforeseen
 from deployments.reporter import BoardClient, Reporter
-from deployments.threads import to_its_end
+from deployments.threads import ended
 from pipeline.errors import (
     Busy,
     DeadlineExceeded,
@@ -64,7 +64,7 @@ class Worker:
     ) -> None:
         self._jobs, self._images, self._make = jobs, images, make
         self._board, self._outbox, self._settings = board, outbox, settings
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling: dict[str, asyncio.Task[None]] = {}
         self._reporters: dict[str, Reporter] = {}  # of the jobs that run here
 
     async def run(self, held: Held, owner: str) -> bool:
@@ -72,22 +72,17 @@ class Worker:
 
         Cancelled, it gives the job back if it still has it.
         """
-        try:
-            held = await to_its_end(self._jobs.claim, held, owner)
-        except StoreConflict:  # somebody else was quicker
+        lease = await self._claimed(held, owner)
+        if lease is None:
             return False
-        except StoreError as error:
-            log.warning("job %s cannot be claimed: %s", held.job.id, error.code)
-            return False
-        lease = Lease(self._jobs, held)
+        held = lease.held
         reporter = self._reporters[held.job.id] = Reporter(self._board, held.job.id, held.job.attempt)
         try:
             await self._hold(lease, reporter)
         except LeaseLost:
             log.info("job %s is no longer ours", held.job.id)
         except asyncio.CancelledError:
-            with suppress(LeaseLost, StoreError):  # where its caller stopped it this write is refused
-                await lease.change(state="queued", owner="")
+            await _given_back(lease)
             raise
         finally:
             del self._reporters[held.job.id]
@@ -101,6 +96,11 @@ class Worker:
         """Steps done and in all of a job that runs here."""
         reporter = self._reporters.get(job_id)
         return None if reporter is None else reporter.progress
+
+    @property
+    def telling(self) -> Set[str]:
+        """Jobs whose end is being told here; settled they are."""
+        return self._telling.keys()
 
     async def finish(self, held: Held, announce: Announce | None = None) -> bool:
         """Settle the end of a job, and tell it; without `announce`, of one that nobody was at for a whole lease.
@@ -117,7 +117,23 @@ class Worker:
 
     async def close(self) -> None:
         """Leave what is still to be told to whoever finds it."""
-        await stopped(*self._telling)
+        await stopped(*self._telling.values())
+
+    async def _claimed(self, held: Held, owner: str) -> Lease | None:
+        """The lease of a job; None where it could not be claimed. Cancelled, it gives back what it got."""
+        claiming = asyncio.ensure_future(asyncio.to_thread(self._jobs.claim, held, owner))
+        try:
+            return Lease(self._jobs, await asyncio.shield(claiming))
+        except StoreConflict:  # somebody else was quicker
+            return None
+        except StoreError as error:
+            log.warning("job %s cannot be claimed: %s", held.job.id, error.code)
+            return None
+        except asyncio.CancelledError:
+            await ended(claiming)
+            if claiming.exception() is None:
+                await _given_back(Lease(self._jobs, claiming.result()))
+            raise
 
     async def _settle(self, held: Held, announce: Announce | None) -> None:
         await insist(self._jobs.settle, held.job)
@@ -142,8 +158,8 @@ class Worker:
         await self._settle(lease.held, partial(self._announce, reporter))
         # Beside the next job: a webhook that does not answer is told again for hours.
         telling = asyncio.ensure_future(self._tell(lease.held, alone=False))
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
+        self._telling[lease.job.id] = telling
+        telling.add_done_callback(lambda _: self._telling.pop(lease.job.id, None))
 
     async def _announce(self, reporter: Reporter, job: Job) -> None:
         reporter.end(job.state, await insist(end_view, self._jobs, job))
@@ -187,18 +203,26 @@ class Worker:
             for name, data in reporter.hear(number, event):
                 self._outbox.passing(job, name, data)
 
+        self._outbox.passing(job, "started", {"attempt": job.attempt})
         lost = 0
         while True:
             reporter.begin(request.num_outputs)
-            self._outbox.passing(job, "started", {"attempt": job.attempt})
             try:
                 return await self._make(request, job.tenant, job.deadline, hear)
+            except DeadlineExceeded:  # later there is even less time
+                raise
             except (Busy, StoreError) as error:
                 lost += not isinstance(error, Overloaded)  # for room it waits for as long as it may
                 if lost >= self._settings.attempts:
                     raise
                 log.info("job %s is tried again: %s", job.id, error.code)
             await asyncio.sleep(PAUSE)
+
+
+async def _given_back(lease: Lease) -> None:
+    """Let another begin a job at once; where its caller has stopped it this write is refused."""
+    with suppress(LeaseLost, StoreError):
+        await lease.change(state="queued", owner="", progress=None)
 
 
 async def stopped(*tasks: "asyncio.Future[Any]") -> None:

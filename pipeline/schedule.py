@@ -67,6 +67,8 @@ class Schedule:
             raise Overloaded("The denoiser has all the work it can take; try again after the time in Retry-After.")
         if ticket.expires == math.inf or not self._curves.known:
             return  # it has all the time, or its seconds are no seconds yet
+        if not others:
+            return  # alone; where its shape was never measured, it is now
         before, then = self._slack(others, now), self._slack([*others, ticket], now)
         made_late = any(then[other] < ROUNDING <= slack for other, slack in before.items())
         if made_late or then[ticket] - self._ahead(ticket, others) < ROUNDING:

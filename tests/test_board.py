@@ -145,7 +145,7 @@ def test_however_many_ask_the_board_is_asked_once():
     async def test(_):
         board = Counting(600)
         await board.publish("a", 1, 0, steps(1, 0, 3))
-        glance = Glance(board)
+        glance = Glance(board, fresh=60, glance=20)
         assert set(await asyncio.gather(*(glance.progress(running()) for _ in range(100)))) == {(3, 9)}
         assert await glance.progress(running(attempt=2)) is None
         assert await glance.progress(running("b")) is None

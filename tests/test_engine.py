@@ -311,6 +311,17 @@ def test_what_cannot_be_in_time_is_refused_at_once(bench):
         bench.submit(Work("hopeless", 10), seconds=2)
 
 
+def test_what_was_never_measured_is_tried_where_nobody_else_is(bench):
+    """An estimate that is borrowed from other shapes refuses nothing for ever: drawn once, the shape is known."""
+    bench.submit(Work("in vain", 4, Shape(16, 16, 32)), seconds=0.5)
+    bench.run()
+    assert isinstance(bench.events["in vain"][-1].error, DeadlineExceeded)
+    assert bench.painter.passes_run == [["in vain"]]
+    bench.submit(Work("other", 4))
+    with pytest.raises(Overloaded):
+        bench.submit(Work("beside another", 4, Shape(16, 8, 32)), seconds=0.5)
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_who_is_cancelled_leaves_at_the_next_step(bench, steps):
     """Before it begins or in the middle: no further step is spent on it."""

@@ -3,14 +3,17 @@
 import asyncio
 import json
 import threading
+from collections import Counter
 from contextlib import AsyncExitStack, suppress
 
 import pytest
 
 from deployments.board import Board
+from deployments.outbox import SHARE
 from deployments.reporter import Reporter
 from deployments.service import waited
 from pipeline.errors import (
+    DeadlineExceeded,
     ImageNotFound,
     InternalError,
     NoFace,
@@ -208,7 +211,7 @@ def test_quick_steps_go_to_the_board_together():
 
     async def go():
         board = Counting(600)
-        reporter = Reporter(board, "a", 1)
+        reporter = Reporter(board, "a", 1, gather=20)
         reporter.begin(1)
         assert len(await board.after("a", BEGINNING, 20)) == 1
         for step in range(28):
@@ -278,7 +281,7 @@ def test_what_never_works_fails_in_the_end(tmp_path, error):
 
 
 def test_a_job_waits_for_room(tmp_path):
-    """A denoiser that is full now has room later; being full does not count as a failure."""
+    """A denoiser that is full now has room later; being full does not count as a failure, and is no new start."""
 
     async def full(call):
         if call <= QUICK.attempts + 1:
@@ -289,6 +292,45 @@ def test_a_job_waits_for_room(tmp_path):
     async def test():
         view, _ = await service.jobs.submit(request(), "", None)
         assert (await service.jobs.wait("", view["id"], 20))["status"] == "succeeded"
+        names = [event.name for event in await service.board.after(view["id"])]
+        assert names == ["queued", "started", *["step"] * 4, "succeeded"]
+
+    run(service, test=test)
+
+
+def test_what_is_begun_anew_is_told_so(tmp_path):
+    """Where steps are lost with their worker watchers see a new start, not steps that go backwards for no reason."""
+
+    class Breaking(Made):
+        async def __call__(self, request, tenant, expires, progress):
+            pictures = await super().__call__(request, tenant, expires, progress)
+            if self.calls == 1:
+                raise WorkerUnavailable("lost")
+            return pictures
+
+    service = house(tmp_path, Breaking())
+
+    async def test():
+        view, _ = await service.jobs.submit(request(), "", None)
+        assert (await service.jobs.wait("", view["id"], 20))["status"] == "succeeded"
+        names = [event.name for event in await service.board.after(view["id"])]
+        assert names == ["queued", *["started", *["step"] * 4] * 2, "succeeded"]
+
+    run(service, test=test)
+
+
+def test_what_not_even_alone_is_in_time_is_not_tried_again(tmp_path):
+    """Later there would be even less time."""
+
+    async def late(_):
+        raise DeadlineExceeded("not even alone")
+
+    service = house(tmp_path, make := Made(late))
+
+    async def test():
+        view, _ = await service.jobs.submit(request(), "", None)
+        view = await service.jobs.wait("", view["id"], 20)
+        assert (view["status"], view["error"]["code"], make.calls) == ("failed", "deadline_exceeded", 1)
 
     run(service, test=test)
 
@@ -472,6 +514,71 @@ def test_a_restart_goes_on_with_everything(tmp_path):
     run(after, test=test)
 
 
+class Forgetful(MemoryObjects):
+    """Objects whose server carries out a write of a job as `forget` says, and loses its answer."""
+
+    forget = None
+
+    def _write(self, key, data, expected):
+        etag = super()._write(key, data, expected)
+        if self.forget is not None and key.startswith("jobs/") and self.forget(json.loads(data)):
+            self.forget = None
+            raise StoreUnavailable("The answer was lost.")
+        return etag
+
+
+@pytest.mark.parametrize("state", ["running", "succeeded"])
+def test_a_write_whose_answer_was_lost_is_the_owners_own(tmp_path, state):
+    """A heartbeat, or the end, that did arrive is not taken for somebody else's: the job is made once, and settled."""
+    objects, gate = Forgetful(), asyncio.Event()
+
+    async def held_up(_):
+        await gate.wait()
+
+    service = house(tmp_path, make := Made(held_up), objects)
+
+    async def test():
+        view, _ = await service.jobs.submit(request(), "", None)
+        await until(lambda: make.calls)
+        objects.forget = lambda job: job["state"] == state
+        if state == "running":
+            await until(lambda: objects.forget is None)
+            await asyncio.sleep(QUICK.lease_seconds)  # for the next heartbeats
+        gate.set()
+        view = await service.jobs.wait("", view["id"], 20)
+        assert (view["status"], view["attempt"], make.calls, make.stopped) == ("succeeded", 1, 1, 0)
+        await until(lambda: not keys(objects, "jobs/"))
+
+    run(service, test=test)
+
+
+def test_a_job_that_is_being_claimed_is_given_back(tmp_path):
+    """A replica that stops just then leaves it to the others at once, and it counts as lost by nobody."""
+    gate, claiming = threading.Event(), threading.Event()
+
+    class Slow(MemoryObjects):
+        def _write(self, key, data, expected):
+            if key.startswith("jobs/") and json.loads(data)["state"] == "running":
+                claiming.set()
+                gate.wait(20)
+            return super()._write(key, data, expected)
+
+    service = house(tmp_path, objects=Slow())
+
+    async def test():
+        job_id, _ = service.store.submit(request(), "")
+        running = asyncio.ensure_future(service.runner._worker.run(service.store.read("", job_id), "me"))
+        await asyncio.to_thread(claiming.wait, 20)
+        running.cancel()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        job = service.store.read("", job_id).job
+        assert (job.state, job.owner, job.lost, job.progress) == ("queued", "", 0, None)
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("moment", ["submit", "commit", "read"])
 def test_a_store_that_is_away_loses_nothing(tmp_path, moment):
     """Refused at submit and at read with 503; at commit the worker waits for it."""
@@ -531,6 +638,34 @@ def test_a_dead_webhook_holds_up_nobody(tmp_path):
             assert (await service.jobs.wait("", job["id"], 20))["status"] == "succeeded"
         await until(lambda: deaf.tried)
         assert deaf.tried == [f"{first['id']}-succeeded"]
+
+    run(service, test=test)
+
+
+def test_receivers_that_hang_have_no_more_than_their_share(tmp_path):
+    """However many jobs end at one of them: another's is told at once, each at its own first try, and once."""
+    gate = threading.Event()
+
+    class Hanging(Deaf):
+        def deliver(self, url, delivery_id, body, tenant):
+            self.tried.append(delivery_id)
+            return gate.wait(20) if "hangs" in url else True
+
+    service = InProcess(Settings(weights_dir=tmp_path, jobs=QUICK), sender=(slow := Hanging()), make=Made())
+
+    async def test():
+        try:
+            for _ in range(40):
+                await service.jobs.submit(request(webhook="https://hangs.example/x"), "", None)
+            job, _ = await service.jobs.submit(request(webhook="https://a.example/x"), "", None)
+            await until(lambda: f"{job['id']}-succeeded" in slow.tried)
+            assert len(slow.tried) <= SHARE + 1
+            await asyncio.sleep(3 * QUICK.lease_seconds)  # what waits for its turn is not taken for abandoned
+        finally:
+            gate.set()
+        await until(lambda: not keys(service.objects, "jobs/"))
+        assert Counter(slow.tried).most_common(1)[0][1] == 1
+        assert len(slow.tried) == 41
 
     run(service, test=test)
 
@@ -628,13 +763,21 @@ def test_who_leaves_while_submitting_leaves_no_job_unless_it_has_a_key(tmp_path,
 
 
 class Counted(Failing):
-    """Objects that count their listings; `full` refuses to write."""
+    """Objects that count how often they are listed and each is read; `full` refuses to write."""
 
-    listings, full = 0, False
+    full = False
+
+    def __init__(self):
+        super().__init__()
+        self.listings, self.reads = 0, Counter()
 
     def list(self, prefix):
         self.listings += prefix == "jobs/"
         return super().list(prefix)
+
+    def get(self, key):
+        self.reads[key] += 1
+        return super().get(key)
 
     def _write(self, key, data, expected):
         if self.full:
@@ -648,18 +791,21 @@ def test_trouble_with_one_job_is_not_tried_without_a_pause(tmp_path, trouble):
     objects = Counted()
     store = JobStore(objects, ImageStore(objects), QUICK)
     job_id, _ = store.submit(request(), "")
+    troubled = f"jobs/_/{job_id}.json"
     if trouble == "a damaged draft":
         held = store.change(store.claim(store.read("", job_id), "dead"), state="succeeded")
-        objects.create(f"images/{held.job.id}/1.json", b"{")
+        objects.create(troubled := f"images/{held.job.id}/1.json", b"{")
     if trouble == "another version":
-        key = f"jobs/_/{job_id}.json"
-        objects.replace(key, b'{"version": 99}', objects.get(key).etag)
+        objects.replace(troubled, b'{"version": 99}', objects.get(troubled).etag)
     service = house(tmp_path, objects=objects)
     objects.full = trouble == "no writes"
 
     async def test():
-        await asyncio.sleep(3 * QUICK.lease_seconds)
-        assert objects.listings <= 4 * 3 * QUICK.lease_seconds / QUICK.scan_seconds
+        objects.reads.clear()
+        leases = 5
+        await asyncio.sleep(leases * QUICK.lease_seconds)
+        assert objects.listings <= 4 * leases * QUICK.lease_seconds / QUICK.scan_seconds
+        assert objects.reads[troubled] <= 2 * (leases + 1)
 
     run(service, test=test)
 
