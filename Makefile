@@ -30,7 +30,7 @@ test-clients: setup  ## the Studio in a real Chromium (installs Debian's package
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	$(BIN)/python -m pytest -m clients tests/clients
 
-soak: setup  ## 2,000 jobs of 32 clients, with cancels and killed replicas (about 10 minutes)
+soak: setup  ## 2,000 jobs of 32 clients, with cancels and killed replicas (about 15 minutes)
 	$(BIN)/python -m bench.soak
 
 test-fast: setup  ## the tests that need no Ray cluster

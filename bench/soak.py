@@ -68,7 +68,7 @@ class Chaos:
                 self.kills.append((round(time.monotonic() - started, 1), kind))
 
     def growth(self) -> dict[str, dict[str, float]]:
-        """Of each kind's longest-lived process: MB after its warm-up, at its end, and the seconds between."""
+        """Of each kind's longest-lived process: MB after its warm-up, half-way, at its end, and the seconds between."""
         found: dict[str, dict[str, float]] = {}
         for replica, samples in self.memory.items():
             warm = [sample for sample in samples if sample[0] >= samples[0][0] + WARM and sample[1] > 0]
@@ -76,6 +76,7 @@ class Chaos:
             if span > found.get(replica.kind, {"seconds": 0.0})["seconds"]:
                 found[replica.kind] = {
                     "from": round(warm[0][1], 1),
+                    "half": round(warm[len(warm) // 2][1], 1),
                     "to": round(warm[-1][1], 1),
                     "seconds": round(span),
                 }

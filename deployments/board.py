@@ -18,7 +18,7 @@ from pipeline.progress import BEGINNING, Position, ServerEvent
 MOST_JOBS = 20_000
 MOST_NOTICES = 20_000
 MOST_BYTES = 64_000_000  # of events
-EVENT_BYTES = 500  # of one without a preview, roughly
+EVENT_BYTES = 500  # of one beside its data, roughly
 
 
 class Notice(NamedTuple):
@@ -165,4 +165,4 @@ class Board:
 
 
 def _size(event: ServerEvent) -> int:
-    return EVENT_BYTES + (len(event.data.get("data", "")) if event.name == "preview" else 0)
+    return EVENT_BYTES + len(str(event.data))
