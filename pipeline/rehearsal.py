@@ -73,7 +73,7 @@ def zeros(
     once = None if guidance is None else guidance[:1]
     moments = torch.full((2,), 0.5, device=like.device)
     # of two steps, as a picture has several: how the row of one lies in memory is part of a graph
-    step = flux.conditioning(moments, once, like.new_zeros(1, config.pooled_projection_dim)).chunk(2)[0]
+    step = flux.conditioning(moments, once, like.new_zeros(2, config.pooled_projection_dim)).chunk(2)[0]
     return (
         like.new_zeros(rows, shape.rows * shape.columns, config.in_channels),
         times,

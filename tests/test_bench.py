@@ -12,10 +12,11 @@ import pytest
 
 from bench import load, plots, results
 from bench.__main__ import TITLES, main
+from bench.compilation import stability
 from bench.load_report import Sample, percentile, report, service_seconds, table
 from bench.measure import Noise, Part, Result, at_least, at_most, compared, exactly
 from bench.noop import no_ops, timed
-from bench.registry import has_gpu
+from bench.registry import Run, has_gpu
 from bench.soak_stages import soak_parts
 from pipeline.request import Request
 from pipeline.settings import Settings
@@ -24,6 +25,13 @@ from tests.fakes import A_FACE
 RUN = {"date": "2026-01-02", "command": "python -m bench", "load": 0.5}
 NOISE = Noise(1.0, 0.9, 1.1)
 GOOD = Result((Part("speed", 4.5, at_least(4)), Part("gap", 1e-6, at_most(1e-5))), NOISE, "one sentence.")
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    """B13 is counted, not timed: what a replica rehearses are the very passes that its engine runs."""
+    parts = stability(Run(1, "cpu")).parts
+    assert len(parts) == 4
+    assert {part.name: part.value for part in parts if not part.met} == {}
 
 
 def test_targets_say_which_side_is_right():

@@ -183,7 +183,7 @@ class IdentityFlux(nn.Module):
     def conditioning(self, times: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
         """What `forward` takes as `pooled` in each step (S, 768 or the table's width).
 
-        times (S,) in 0..1; guidance (1,) or None; pooled (1, 768).
+        times (S,) in 0..1; guidance (1,) or None; pooled (1, 768) or (S, 768).
         """
         if not self._modulation:
             return pooled.expand(times.shape[0], -1)
